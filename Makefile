@@ -1,0 +1,58 @@
+# make demo    real work through the broker: examples/digits.py
+# make test    every test
+# make lint    ruff, mypy --strict, import-linter
+# make clean   remove what these made
+#
+# Needs Python 3.11 or newer and make; everything else goes into .venv. Another interpreter: make PYTHON=python3.13 …
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INPUTS := pyproject.toml setup.cfg constraints.txt
+
+# A machine's habits are no part of a test: hypothesis and pytest behave differently under CI, colours change what a
+# command prints, and FORGE_* would send the tests to somebody's broker. pip's own variables stay: they say where
+# packages come from.
+unexport CI CONTINUOUS_INTEGRATION BUILD_NUMBER GITHUB_ACTIONS GITLAB_CI TF_BUILD
+unexport COLUMNS LINES FORCE_COLOR NO_COLOR CLICOLOR CLICOLOR_FORCE PY_COLORS TTY_COMPATIBLE TTY_INTERACTIVE
+unexport PYTEST_ADDOPTS PYTEST_PLUGINS HYPOTHESIS_PROFILE MYPYPATH PYTHONHOME PYTHONPATH PYTHONWARNINGS PYTHONSAFEPATH
+unexport $(filter FORGE_%,$(.VARIABLES))
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.for-demo
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/.for-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.for-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist bench/out .hypothesis .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf *.egg-info client/*.egg-info cli/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps, not the programs, say what is installed: a pip that was interrupted leaves programs behind.
+$(VENV)/.for-demo: $(VENV)/.made $(INPUTS)
+	@echo "installing Forge broker and what its examples need into $(VENV); the first time this takes minutes (torch is large)"
+	@$(PIP) install -c constraints.txt -e '.[examples,uvloop]'
+	@touch $@
+
+$(VENV)/.for-dev: $(VENV)/.made $(INPUTS)
+	@echo "installing Forge broker and what its tests need into $(VENV); the first time this takes minutes (torch is large)"
+	@$(PIP) install -c constraints.txt -e '.[dev,torch,examples,uvloop]'
+	@touch $@
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "Forge broker needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	    echo "Name another interpreter: make PYTHON=python3.13 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@

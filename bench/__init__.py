@@ -1,0 +1,1 @@
+"""Measurements. Each is a script: `python -m bench.NAME --help`."""

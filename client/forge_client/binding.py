@@ -1,0 +1,127 @@
+"""What one client knows of one service: its endpoints by number, its latest metrics, whether it is over.
+
+Made by `Client.bind` from the broker's description (PROTOCOL.md §7, answer to deploy and find), kept up to date by its
+notices, shared by all handles of the service in this loop. Handles come and go; this is the fact behind them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from forge_client.metrics import Metrics
+from forge_client.signature import Matcher
+from forge_contract.errors import BrokerLost, ProtocolError, ServiceStopped, UnknownService, from_wire
+
+if TYPE_CHECKING:
+    from forge_client.client import Client
+    from forge_client.session import Session
+
+
+class Target:
+    """One endpoint of a bound service: what a call needs to be judged, addressed and read."""
+
+    __slots__ = ("binding", "client", "id", "label", "least", "matcher", "most", "name", "timeout")
+
+    def __init__(self, binding: Binding, name: str, number: int, matcher: Matcher, timeout: float | None) -> None:
+        self.binding = binding
+        self.client = binding.client
+        self.name = name
+        self.label = f"{binding.name}.{name}"
+        self.id = number
+        self.matcher = matcher
+        self.least = matcher.least
+        self.most = matcher.most
+        self.timeout = timeout
+
+
+class Binding:
+    """`over` makes the error that every further call gets; None while the service lives."""
+
+    def __init__(self, client: Client, description: dict[str, Any]) -> None:
+        self.client = client
+        self.description = description
+        self.incarnation = client.incarnation
+        self.started_here = False
+        self.over: Callable[[], Exception] | None = None
+        self.sessions: dict[str, Session] = {}
+        self._stopping: asyncio.Future[dict[str, Any]] | None = None
+        try:
+            self.service = int(description["service"])
+            self.name = str(description["name"])
+            self.sizes: dict[str, int] = dict(description.get("sizes") or {"procs": 1})
+            self.state_epoch = int(description.get("state_epoch") or 0)
+            signatures = description.get("signatures") or {}
+            options = description.get("options") or {}
+            self.targets = {
+                name: Target(
+                    self,
+                    name,
+                    int(number),
+                    Matcher.from_wire(signatures.get(name)),
+                    options.get(name, {}).get("timeout"),
+                )
+                for name, number in description["endpoints"].items()
+            }
+            self.metrics = Metrics(description.get("metrics"))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ProtocolError(f"a service was described in no known form: {error!r}") from error
+
+    def __repr__(self) -> str:
+        return f"<Binding {self.name} service {self.service} {'over' if self.over else 'bound'}>"
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What the service is called among all of all brokers."""
+        return (self.incarnation, self.service)
+
+    @property
+    def world(self) -> int:
+        """Ranks of a replica."""
+        return math.prod(self.sizes.values())
+
+    @property
+    def errors_return(self) -> bool:
+        return self.description.get("errors") == "return"
+
+    @property
+    def return_first(self) -> bool:
+        return self.description.get("return_first") is not False
+
+    @property
+    def detached(self) -> bool:
+        return self.description.get("detached") is True
+
+    def learn(self, snapshot: Any) -> Metrics:
+        """Take in the broker's latest figures (X4)."""
+        self.metrics = Metrics(snapshot)
+        return self.metrics
+
+    def notice(self, topic: str, fields: dict[str, Any]) -> None:
+        if topic == "metrics":
+            self.learn(fields.get("snapshot"))
+        elif topic == "restarted":
+            self.state_epoch = int(fields.get("epoch") or self.state_epoch)
+        elif topic == "stopped":
+            error = fields.get("error")
+            why = f": {from_wire(error)}" if error else ""
+            self.ended(lambda: ServiceStopped(service=self.name, why=why))
+
+    def ended(self, why: Callable[[], Exception]) -> None:
+        if self.over is None:
+            self.over = why
+
+    async def stop(self) -> None:
+        """Stop the service and wait until its last worker is gone. Calls from now on get ServiceStopped."""
+        if self._stopping is None:
+            if self.over is not None:
+                return
+            self._stopping = self.client.control_soon("stop", {"service": self.service})
+            self.ended(lambda: ServiceStopped(service=self.name, why=""))
+        try:
+            # Two may wait for one stop; the first one's cancellation is not the second one's.
+            await asyncio.shield(self._stopping)
+        except (UnknownService, ServiceStopped, BrokerLost):
+            return  # it is stopped, which is what was asked for

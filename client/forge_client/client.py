@@ -1,0 +1,426 @@
+"""One event loop's connection to a broker: socket, link, heartbeat, timers, and the futures of its calls.
+
+There is one per loop and broker, made by `connection`. The handles (`service`, `actor_handle`) append calls to its
+link and `touch` it; at the end of the turn everything goes out in one envelope, and results resolve futures in a
+loop, without a task or callback for each. What is said on the wire is the link's business, what a reply means the readers'.
+
+Two clocks guard a call's timeout: the broker's, whose answer says how far the call got, and a moment later ours, for when
+there is no broker to answer. One heap and one timer of the loop serve all calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Final
+
+from forge_client.binding import Binding
+from forge_client.call import Call
+from forge_client.dealer import Dealer
+from forge_client.embedded import EmbeddedBroker
+from forge_client.heartbeat import Heartbeat
+from forge_client.identity import draw_name, hello_identity
+from forge_client.link import ClientLink
+from forge_client.replies import Reader
+from forge_contract.config import BrokerConfig
+from forge_contract.errors import (
+    BrokerLost,
+    BrokerUnreachable,
+    CallTimeout,
+    ForgeError,
+    PayloadTooLarge,
+    ServiceStopped,
+    UnknownService,
+    from_wire,
+)
+from forge_contract.framing import Frame, Payload, encode
+from forge_contract.messages import HEARTBEAT
+from forge_contract.payload import decode_exception, payload_size
+from forge_contract.peer_link import LinkState
+
+_log = logging.getLogger("forge_client")
+_now = time.monotonic
+
+GUARD_S: Final = 0.25  # how much later than the broker's our own clock ends a call: its answer says more
+BYE_LINGER_S: Final = 1.0
+# Answered calls stay in the heap of timeouts until their time; past this surplus they are swept out together.
+SWEEP_FROM: Final = 1024
+_PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
+Why = Callable[[], Exception]  # makes the error anew for each who gets it
+
+
+class Client:
+    """Made and closed by `connection`. To be used on the loop it was made on."""
+
+    def __init__(self, address: str, *, detached: bool = False, embedded: EmbeddedBroker | None = None) -> None:
+        self.address = address
+        self.embedded = embedded
+        self.loop = asyncio.get_running_loop()
+        self.over: Why | None = None  # why nothing can be sent any more
+        self._bindings: dict[int, Binding] = {}
+        self._timeouts: list[tuple[float, int, float]] = []  # (when, sequence, the timeout that passed)
+        self._lost_at: float | None = None
+        self._grace_s = 10.0
+        self._lag_s = 0.0
+        self.flush_due = False  # at the end of this turn: `touch` has been called
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._opened: asyncio.Future[None] = self.loop.create_future()
+        self.link = ClientLink(draw_name("client"), _now(), hello=hello_identity(), listener=self, detached=detached)
+        self._dealer = Dealer(
+            address,
+            receive=self._receive,
+            turn=self.touch,
+            reconnected=self._reconnected,
+            disconnected=self._disconnected,
+            max_message_bytes=BrokerConfig.max_message_bytes,
+        )
+        self._heartbeat = Heartbeat(address, self._beat)
+        self._loop_end = self._until_the_loop_ends()
+        _enter(self._loop_end)
+        if embedded is not None:
+            self.loop.add_reader(embedded.ended_fd, self._embedded_ended)
+
+    def __repr__(self) -> str:
+        state = "closed" if self.over else self.link.state.value
+        return (
+            f"<Client {self.link.client:06x} of {self.address} {state}, {len(self.link.unanswered)} calls unanswered>"
+        )
+
+    @property
+    def trusted(self) -> bool:
+        """Whether our broker trusts the address we came in by: code by value and pickles may travel."""
+        return self.link.trusted
+
+    @property
+    def incarnation(self) -> int:
+        return self.link.incarnation
+
+    async def open(self, timeout_s: float) -> None:
+        """Say hello and wait for the welcome. Raises BrokerUnreachable, or the broker's refusal."""
+        self.touch()
+        try:
+            await asyncio.wait_for(asyncio.shield(self._opened), timeout_s)
+        except TimeoutError:
+            error = BrokerUnreachable(address=self.address, waited_s=timeout_s)
+            self._end(lambda: error)
+            raise error from None
+        except BaseException:
+            self._end(lambda: BrokerLost(address=self.address, why="connecting was given up"))
+            raise
+
+    # Calls.
+
+    def touch(self) -> None:
+        """Send what has gathered at the end of this turn of the loop."""
+        if not self.flush_due and self.over is None:
+            self.flush_due = True
+            self.loop.call_soon(self._flush)
+
+    def new_call(self, reader: Reader) -> Call:
+        call = Call(loop=self.loop)
+        call.client = self
+        call.reader = reader
+        call.seq = 0
+        return call
+
+    def own(self, payload: Payload, label: str) -> Payload:
+        """The payload, judged by size and made independent of the caller's memory: arrays were set aside uncopied, and
+        what the caller changes after the call must not change what is sent, now or again after a reconnect.
+        Raises PayloadTooLarge."""
+        size = payload_size(payload)
+        if size > self.link.max_payload_bytes:
+            raise PayloadTooLarge(what=f"the arguments of {label}", size=size, limit=self.link.max_payload_bytes)
+        if isinstance(payload, bytes):
+            return payload
+        return [part if type(part) is bytes else bytes(part) for part in payload]
+
+    def guard(self, seq: int, deadline: float, timeout_s: float) -> None:
+        """End this call by our own clock if the broker has not."""
+        heap = self._timeouts
+        if len(heap) > SWEEP_FROM + 2 * len(self.link.unanswered):
+            heap[:] = [entry for entry in heap if entry[1] in self.link.unanswered]
+            heapq.heapify(heap)
+        heapq.heappush(heap, (deadline + GUARD_S, seq, timeout_s))
+
+    def drop(self, seq: int) -> None:
+        """Nobody waits for this call any more."""
+        self.link.cancel(seq)
+        self.touch()
+
+    async def control(self, op: str, fields: dict[str, Any], payload: Payload = b"") -> dict[str, Any]:
+        """Ask the broker (PROTOCOL.md §7, operations of CONTROL) and wait for its answer.
+
+        Raises the broker's error, or the user's exception that made it fail; BrokerLost.
+        """
+        return await self.control_soon(op, fields, payload)
+
+    def control_soon(self, op: str, fields: dict[str, Any], payload: Payload = b"") -> asyncio.Future[dict[str, Any]]:
+        """The same; it is said to the broker before anything said after it, awaited or not."""
+        if self.over is not None:
+            raise self.over()
+        answer: asyncio.Future[dict[str, Any]] = self.loop.create_future()
+        self.link.control(op, fields, payload, (answer, op))
+        self.touch()
+        return answer
+
+    async def deploy(self, spec: dict[str, Any], payload: Payload) -> Binding:
+        """Start a service; returns when all its replicas are HEALTHY. Cancelled, it leaves nothing started."""
+        answer = self.control_soon("deploy", {"spec": spec}, payload)
+        try:
+            return self.bind(await answer, started_here=True)
+        except asyncio.CancelledError:
+            # The answer may have come in the very turn in which we were cancelled. If not, `answer` sees to it.
+            if answer.done() and not answer.cancelled() and answer.exception() is None:
+                self.stop_unwanted(answer.result()["service"])
+            raise
+
+    def stop_unwanted(self, service: int) -> None:
+        """Stop a service whose starter went away before it had the handle."""
+        self._bindings.pop(service, None)
+        if self.over is None:
+            self.control_soon("stop", {"service": service}).add_done_callback(_seen)
+
+    def bind(self, description: dict[str, Any], *, started_here: bool = False) -> Binding:
+        """What this client knows of a service; the same object for all its handles."""
+        service = int(description["service"])
+        binding = self._bindings.get(service)
+        if binding is None:
+            binding = self._bindings[service] = Binding(self, description)
+        binding.started_here |= started_here
+        return binding
+
+    # The end.
+
+    async def shutdown(self) -> None:
+        """Stop what this client started, say goodbye, close."""
+        if self.over is None:
+            started = [one for one in self._bindings.values() if one.started_here and not one.detached]
+            for outcome in await asyncio.gather(*(one.stop() for one in started), return_exceptions=True):
+                if isinstance(outcome, BaseException) and not isinstance(outcome, (BrokerLost, ServiceStopped)):
+                    _log.warning("stopping a service at shutdown: %s: %s", type(outcome).__name__, outcome)
+        self.goodbye("shutdown")
+        await self._loop_end.aclose()
+
+    def goodbye(self, reason: str) -> None:
+        """Leave at once: the broker ends what we started. Also from where the loop is closed already."""
+        if self.over is not None:
+            return
+        self.link.bye(reason)
+        for frames in self.link.flush(_now()):
+            self._dealer.send(frames)
+        self._end(
+            lambda: ServiceStopped(service="the service", why=": the client that used it has ended"), BYE_LINGER_S
+        )
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
+        """asyncio.run closes all asynchronous generators of its loop before the loop itself: the one moment at which
+        a client whose user forgot it can still say goodbye."""
+        try:
+            yield
+        finally:
+            self.goodbye("its loop has ended")
+
+    def _end(self, why: Why, linger_s: float = 0.0) -> None:
+        if self.over is not None:
+            return
+        self.over = why
+        self._heartbeat.stop()
+        if self.embedded is not None and not self.loop.is_closed():
+            self.loop.remove_reader(self.embedded.ended_fd)
+        self._dealer.close(linger_s)
+        self.link.close()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._fail(*self.link.give_up(), why, quietly=linger_s > 0)
+        if not self._opened.done():
+            self._opened.set_exception(why())
+            self._opened.exception()  # whoever opens us is told, or has told us
+
+    def _fail(self, calls: list[Call], controls: list[Any], why: Why, *, quietly: bool = False) -> None:
+        bindings = list(self._bindings.values())
+        self._bindings.clear()
+        for binding in bindings:
+            binding.ended(why)
+        if self.loop.is_closed():
+            return  # nobody is left to be told
+        for waiting in (*calls, *(answer for answer, _ in controls)):
+            if not waiting.done():
+                waiting.set_exception(why())
+                if quietly:
+                    waiting.exception()  # we leave by ourselves: that nobody awaits it is no news
+
+    # Turns of the loop.
+
+    def _receive(self, frames: list[Frame]) -> None:
+        self.link.receive(frames, _now())
+
+    def _flush(self) -> None:
+        self.flush_due = False
+        if self.over is not None:
+            return
+        now = _now()
+        send = self._dealer.send
+        for frames in self.link.flush(now):
+            send(frames)
+        self._arm(now)
+
+    def _arm(self, now: float) -> None:
+        """One timer for all. One that is armed too early stays: it looks again when it fires, which is cheaper than
+        moving it in every turn."""
+        wanted = self.link.next_deadline()
+        if self._timeouts and (wanted is None or self._timeouts[0][0] < wanted):
+            wanted = self._timeouts[0][0]
+        if self._lost_at is not None and (wanted is None or self._lost_at < wanted):
+            wanted = self._lost_at
+        if wanted is None or (self._timer is not None and self._timer_at <= wanted):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = wanted
+        self._timer = self.loop.call_later(max(0.0, wanted - now), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = _now()
+        self._lag_s = max(0.0, now - self._timer_at)
+        if self._lost_at is not None and self._lost_at <= now:
+            self._broker_lost(f"nothing was heard of it for {self._grace_s:g} s")
+            return
+        while self._timeouts and self._timeouts[0][0] <= now:
+            _, seq, timeout_s = heapq.heappop(self._timeouts)
+            call: Call | None = self.link.unanswered.get(seq)
+            if call is not None and not call.done():
+                self.link.cancel(seq)
+                state = "no answer from the broker"
+                call.set_exception(CallTimeout(endpoint=call.reader.label, timeout_s=timeout_s, state=state))
+        self._flush()
+
+    def _reconnected(self) -> None:
+        self._lost_at = None
+        self.link.reconnected(_now())
+        self.touch()
+
+    def _disconnected(self) -> None:
+        # Workers wait so long for their broker and then leave; whatever we wait for is lost with them.
+        if self.link.welcomes and self._lost_at is None:
+            self._lost_at = _now() + self._grace_s
+            self.touch()
+
+    def _embedded_ended(self) -> None:
+        self._broker_lost("the embedded broker's process has ended")
+
+    def _broker_lost(self, why: str) -> None:
+        self._end(lambda: BrokerLost(address=self.address, why=why))
+
+    def _beat(self) -> list[Frame] | None:
+        """In the heartbeat's thread: reads numbers, changes nothing."""
+        link = self.link
+        if link.state is not LinkState.OPEN:
+            return None
+        fields = {"oldest_s": 0.0, "lag_s": self._lag_s, "rss": _resident_bytes()}
+        return encode(link.name, link.channel.epoch, link.incarnation, 0, 0, [[HEARTBEAT, fields]])
+
+    # What the link tells (`link.Listener`).
+
+    def welcomed(self, fields: dict[str, Any]) -> None:
+        self._grace_s = float(fields.get("orphan_grace_s") or self._grace_s)
+        self._heartbeat.start(float(fields.get("heartbeat_s") or BrokerConfig.heartbeat_s))
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+    def refused(self, error: ForgeError) -> None:
+        if not self._opened.done():
+            self._opened.set_exception(error)
+        self._end(lambda: from_wire(error.to_wire()))
+
+    def lost(self, waiters: list[Any], controls: list[Any]) -> None:
+        why = "a broker that knows nothing of our calls answers in its place"
+        self._fail(waiters, controls, lambda: BrokerLost(address=self.address, why=why))
+
+    def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Payload]) -> None:
+        for call, status, payload in zip(waiters, statuses, payloads, strict=True):
+            if call is None:
+                continue
+            try:
+                value = call.reader.one(status, payload, trusted)
+            except Exception as error:
+                # Its own frames say nothing to the caller, and would keep this whole batch in memory.
+                call.set_exception(error.with_traceback(None))
+            else:
+                call.set_result(value)
+
+    def parts(
+        self, trusted: bool, waiter: Any, points: list[list[int]], statuses: list[int], payloads: list[Payload]
+    ) -> None:
+        if waiter is None:
+            return
+        try:
+            value = waiter.reader.parts(trusted, points, statuses, payloads)
+        except Exception as error:
+            waiter.set_exception(error.with_traceback(None))
+        else:
+            waiter.set_result(value)
+
+    def answer(self, waiter: Any, ok: bool, fields: dict[str, Any], payload: Payload | None) -> None:
+        if waiter is None:
+            return
+        answer, op = waiter
+        if answer.done():
+            if op == "deploy" and ok and "service" in fields:
+                self.stop_unwanted(fields["service"])
+        elif ok:
+            answer.set_result(fields)
+        elif payload:
+            trusted = fields.get("trusted") is True
+            try:
+                error: BaseException = decode_exception(payload, trusted=trusted)
+            except ForgeError as unreadable:
+                error = unreadable
+            answer.set_exception(error if isinstance(error, Exception) else from_wire(fields.get("error")))
+        else:
+            answer.set_exception(from_wire(fields.get("error")))
+
+    def notice(self, topic: str, fields: dict[str, Any]) -> None:
+        if topic == "pending":
+            # Visible without asking (A3): a program that waits for a GPU that never comes should say so by itself.
+            name = fields.get("name") or fields.get("service")
+            _log.warning("%s: replica %s is pending: %s", name, fields.get("replica"), fields.get("why"))
+            return
+        binding = self._bindings.get(fields.get("service", 0))
+        if binding is None:
+            return
+        binding.notice(topic, fields)
+        if topic == "stopped":
+            del self._bindings[binding.service]
+
+
+def _enter(generator: AsyncGenerator[None]) -> None:
+    """Run an asynchronous generator to its first yield, which awaits nothing; its loop then knows of it."""
+    try:
+        generator.__anext__().send(None)
+    except StopIteration:
+        return
+
+
+def _seen(done: asyncio.Future[Any]) -> None:
+    if (
+        not done.cancelled()
+        and isinstance(done.exception(), Exception)
+        and not isinstance(done.exception(), UnknownService)
+    ):
+        _log.warning("stopping a service nobody waits for: %s", done.exception())
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * _PAGE
+    except OSError:
+        return 0  # no /proc here

@@ -1,0 +1,65 @@
+"""What the broker wants done. `Broker.handle` and `Broker.tick` return these; the shell carries them out."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from forge_broker.core.events import Route
+
+
+class Send(NamedTuple):
+    """Send these frames now: the unnumbered envelopes of a link (welcome, refusal, who are you, acks), and resends."""
+
+    route: Route
+    frames: list[Any]
+
+
+class Deliver(NamedTuple):
+    """This peer has something in its outbox. Once per peer and turn; the shell calls `Broker.pack` when its sockets are empty."""
+
+    name: str
+
+
+class Launch(NamedTuple):
+    """Start a worker process on this machine with these GPUs. Its hello will carry the launch's number."""
+
+    launch: int
+    gpus: tuple[str, ...]
+    label: str  # "Class/replica.rank", for its output
+
+
+class Kill(NamedTuple):
+    """End a launched process now."""
+
+    launch: int
+
+
+class KillPeer(NamedTuple):
+    """End a watched peer's process now; it was started by hand on this machine."""
+
+    name: str
+
+
+class Watch(NamedTuple):
+    """Hold this process by a pidfd, if it is on this machine and what it says it is."""
+
+    name: str
+    host: str
+    pid: int
+    pid_namespace: int
+    started: int
+
+
+class Note(NamedTuple):
+    """A line for the log."""
+
+    level: str  # "debug", "info", "warning", "error"
+    event: str
+    fields: dict[str, Any]
+
+
+class Exit(NamedTuple):
+    """All is stopped: the shell may end."""
+
+
+Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Note | Exit

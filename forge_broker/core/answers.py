@@ -1,0 +1,81 @@
+"""The one reply of every request (PROTOCOL.md §7): out of the books, into its client's outbox.
+
+`dispatch` and `sessions` decide what the reply is; here it is made sure that there is exactly one, and that the parts of a fan-out become
+one.
+"""
+
+from __future__ import annotations
+
+import msgpack
+
+from forge_broker.core.clients import Client
+from forge_broker.core.requests import Gather, Request
+from forge_broker.core.state import State
+from forge_contract.errors import ForgeError
+from forge_contract.framing import Payload
+from forge_contract.messages import FAILED, PARTS, SEQUENCE_MASK, sequence_of
+
+Part = tuple[int, Payload, bool]
+"""Status, payload, trusted."""
+
+
+class Answers:
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def reject(self, client: Client, sequence: int, error: ForgeError) -> None:
+        """Answered before it was accepted: it was never in our books."""
+        client.add_result(sequence, FAILED, packed(error), True)
+        self._state.deliver(client)
+
+    def answer(self, call: Request | Gather, status: int, payload: Payload, trusted: bool) -> None:
+        """The one reply of this call; of a part of a fan-out, that part."""
+        if isinstance(call, Request) and call.gather is not None:
+            idx = next(idx for idx, child in call.gather.children.items() if child is call)
+            self.gathered(call.gather, idx, {(idx, 0): (status, payload, trusted)})
+            return
+        client: Client = call.client
+        self._settle(call)
+        client.add_result(call.id & SEQUENCE_MASK, status, payload, trusted)
+        if not client.delivering:
+            self._state.deliver(client)
+
+    def fail(self, call: Request | Gather, error: ForgeError) -> None:
+        """Answer with one of our own errors."""
+        self.answer(call, FAILED, packed(error), True)
+
+    def gathered(self, gather: Gather, idx: int, points: dict[tuple[int, int], Part]) -> None:
+        gather.parts.update(points)
+        del gather.children[idx]
+        if not gather.children:
+            self.answer_parts(gather, gather.parts)
+
+    def answer_parts(self, call: Request | Gather, parts: dict[tuple[int, int], Part]) -> None:
+        client: Client = call.client
+        points = sorted(parts)
+        found = [parts[point] for point in points]
+        self._settle(call)
+        client.post(
+            [
+                PARTS,
+                all(trusted for _, _, trusted in found),
+                sequence_of(call.id),
+                [list(point) for point in points],
+                [status for status, _, _ in found],
+                [client.outbox.attach(payload) for _, payload, _ in found],
+            ]
+        )
+        self._state.deliver(client)
+
+    def _settle(self, call: Request | Gather) -> None:
+        """Out of the books: it is answered."""
+        client: Client = call.client
+        del client.calls[call.id]
+        client.answered += 1
+        client.held_bytes -= call.size
+        self._state.held_bytes -= call.size
+
+
+def packed(error: ForgeError) -> bytes:
+    packed: bytes = msgpack.packb(error.to_wire())
+    return packed

@@ -1,0 +1,436 @@
+"""The broker as a pure state machine: events in, actions out (C1). Here the parts are wired; nothing is decided here (C7).
+
+    actions = broker.handle(event, now)        # for every envelope, dead process, …
+    actions = broker.tick(now)                 # when next_deadline() has come
+    frames = broker.pack(name, now)            # for every Deliver, once the sockets are empty
+
+Peers speak through links (hello, numbering: `links`); what they say goes to `dispatch` (calls), `lifecycle` (workers, services) and
+`control` (everything else a client asks for). All data is in `state`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from forge_broker.core.actions import Action, Send, Watch
+from forge_broker.core.answers import Answers
+from forge_broker.core.clients import Client
+from forge_broker.core.control import Control
+from forge_broker.core.deadlines import Kind
+from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.events import Event, LaunchEnded, ProcessGone, Received, Route, Terminate, Unroutable, Watched
+from forge_broker.core.lifecycle import Lifecycle
+from forge_broker.core.links import Link
+from forge_broker.core.sessions import Sessions
+from forge_broker.core.state import State
+from forge_broker.core.status import metrics
+from forge_broker.core.workers import Worker, WorkerState
+from forge_contract import messages
+from forge_contract.channel import Due, Verdict
+from forge_contract.config import BrokerConfig
+from forge_contract.errors import ForgeError, ProtocolError, ServiceStopped
+from forge_contract.framing import Envelope, decode, encode
+from forge_contract.messages import BROKER_NAME
+
+if TYPE_CHECKING:
+    from random import Random
+
+
+class Broker:
+    """One broker. `trusted`: for each of its addresses, whether who comes in by it may send code."""
+
+    def __init__(
+        self,
+        config: BrokerConfig,
+        *,
+        incarnation: int,
+        host: str,
+        trusted: Sequence[bool],
+        random: Random,
+        unpickle: Callable[[bytes], Any],
+        now: float,
+    ) -> None:
+        self.state = State(
+            config, incarnation=incarnation, host=host, trusted=trusted, random=random, unpickle=unpickle, now=now
+        )
+        answers = Answers(self.state)
+        self.sessions = Sessions(self.state, answers)
+        self.dispatch = Dispatch(self.state, answers, self.sessions)
+        self.lifecycle = Lifecycle(self.state, self.dispatch, self.sessions)
+        self.control = Control(self.state, self.sessions, self.lifecycle)
+
+    def __repr__(self) -> str:
+        state = self.state
+        return f"<Broker {len(state.services)} services, {len(state.workers)} workers, {len(state.clients)} clients>"
+
+    # The three doors.
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        state = self.state
+        if type(event) is Received:
+            self._received(event.route, event.frames, now)
+        elif isinstance(event, Unroutable):
+            state.counters["unroutable"] += 1  # the peer reconnects and probes, or is found dead
+        elif isinstance(event, Watched):
+            if event.name in state.links:
+                state.links[event.name].watched = True
+        elif isinstance(event, ProcessGone):
+            self._gone(event.name, "its process has ended", now)
+        elif isinstance(event, LaunchEnded):
+            self.lifecycle.launch_ended(event.launch, event.why, event.last_lines, now)
+        elif isinstance(event, Terminate):
+            self.lifecycle.terminate(event.why, now)
+        if state.terminating:
+            self.lifecycle.check_finished()
+        return self._take_actions()
+
+    def tick(self, now: float) -> list[Action]:
+        """Look at everything that is due."""
+        due = self.state.deadlines.next()
+        if due is None or due > now:
+            return []
+        for kind, key in self.state.deadlines.due(now):
+            self._look_at(kind, key, now)
+        if self.state.terminating:
+            self.lifecycle.check_finished()
+        return self._take_actions()
+
+    def next_deadline(self) -> float | None:
+        return self.state.deadlines.next()
+
+    def pack(self, name: str, now: float) -> Send | None:
+        """The envelope for a peer that a Deliver action named; None when it is gone meanwhile."""
+        link = self.state.links.get(name)
+        if link is None:
+            return None
+        link.delivering = False
+        if not len(link.outbox):
+            return None
+        frames = link.pack(now)
+        self._set_timer(link)
+        return Send(link.route, frames)
+
+    def _take_actions(self) -> list[Action]:
+        actions = self.state.actions
+        self.state.actions = []
+        return actions
+
+    # Deadlines.
+
+    def _look_at(self, kind: Kind, key: Any, now: float) -> None:
+        state = self.state
+        if kind is Kind.CALL:
+            self.dispatch.expire(key, now)
+        elif kind is Kind.LINK:
+            self._link_due(key, now)
+        elif kind is Kind.SILENCE:
+            self._silence(key, now)
+        elif kind is Kind.METRICS and key in state.services:
+            service = state.services[key]
+            service.metrics_at = 0.0
+            for name in list(service.watchers):
+                if name in state.links:
+                    notice = {"service": key, "snapshot": metrics(service, now)}
+                    state.links[name].post([messages.NOTICE, "metrics", notice])
+                    state.deliver(state.links[name])
+                else:
+                    service.watchers.discard(name)
+        elif kind is Kind.NO_REPLICA and key in state.services:
+            self.dispatch.give_up_waiting(state.services[key], now)
+        elif kind is Kind.SESSION and key[0] in state.services:
+            self.sessions.idle(state.services[key[0]], key[1], now)
+        elif kind is Kind.START:
+            self.lifecycle.start_overdue(key, now)
+        elif kind is Kind.RESTART:
+            self.lifecycle.restart(key, now)
+        elif kind is Kind.KILL:
+            self.lifecycle.kill_overdue(key, now)
+        elif kind is Kind.SLOT:
+            self.lifecycle.free_slot(key, now)
+
+    def _silence(self, name: str, now: float) -> None:
+        """On another host, silence is death; here the kernel tells, and silence is *busy* (F1)."""
+        link = self.state.links.get(name)
+        if link is None:
+            return
+        limit = self.state.config.heartbeat_s * self.state.config.liveness
+        if link.watched:
+            self.state.deadlines.add(now + limit, Kind.SILENCE, name)
+        elif now - link.heard_at >= limit - 1e-6:
+            self._gone(name, f"silent for {now - link.heard_at:.1f} s", now)
+        else:
+            self.state.deadlines.add(link.heard_at + limit, Kind.SILENCE, name)
+
+    def _gone(self, name: str, why: str, now: float) -> None:
+        link = self.state.links.get(name)
+        if isinstance(link, Worker):
+            self.lifecycle.worker_gone(link, why, [], now)
+            self.lifecycle.place_pending(now)
+        elif isinstance(link, Client):
+            self._client_gone(link, why, now)
+
+    def _client_gone(self, client: Client, why: str, now: float) -> None:
+        """Nobody waits for its calls any more, and what it started ends with it (A10)."""
+        state = self.state
+        state.note("info", "client gone", client=client.name, why=why)
+        del state.links[client.name]
+        self.dispatch.drop_client(client, now)
+        del state.clients[client.id]
+        for service_id in list(client.services):
+            service = state.services.get(service_id)
+            if service is not None:
+                service.owner = None
+                stopped = ServiceStopped(service=service.name, why=": the client that started it is gone")
+                self.lifecycle.stop_service(service, stopped, now)
+
+    # Links.
+
+    def _received(self, route: Route, frames: list[Any], now: float) -> None:
+        """One envelope: who is it from, is it in order, and what does it say."""
+        state = self.state
+        try:
+            envelope = decode(frames)
+        except ProtocolError as error:
+            state.counters[type(error).__name__] += 1
+            self._refuse(route, 0, error)
+            return
+        link = state.links.get(envelope.sender)
+        if link is not None and state.trusted[route[0]] is not link.trusted:
+            state.counters["wrong_trust"] += 1
+            return
+        try:
+            if envelope.number:
+                self._numbered(route, link, envelope, now)
+            else:
+                self._unnumbered(route, link, envelope, now)
+        except ForgeError as error:
+            # A peer's nonsense is data: counted, answered, and what it said before it stands.
+            state.counters[type(error).__name__] += 1
+            state.note("warning", "envelope refused", sender=envelope.sender, why=str(error))
+            self._refuse(route, envelope.epoch, error)
+            self._gone(envelope.sender, f"it broke the protocol: {error}", now)
+
+    def _numbered(self, route: Route, link: Link | None, envelope: Envelope, now: float) -> None:
+        if link is None or not self._current(link, envelope):
+            self._send_unnumbered(route, envelope.epoch, [[messages.WHO]])
+            return
+        link.heard_at = now
+        link.route = route
+        channel = link.channel
+        channel.acknowledged(envelope.ack, now)
+        if channel.accept(envelope.number, now) is not Verdict.DELIVER:
+            self.state.counters["out_of_order"] += 1
+            self._set_timer(link)
+            return
+        if isinstance(link, Client):
+            self._from_client(link, envelope, now)
+        elif isinstance(link, Worker):
+            self._from_worker(link, envelope, now)
+        self._set_timer(link)
+
+    def _current(self, link: Link, envelope: Envelope) -> bool:
+        return envelope.epoch == link.channel.epoch and envelope.incarnation == self.state.incarnation
+
+    def _unnumbered(self, route: Route, link: Link | None, envelope: Envelope, now: float) -> None:
+        """HELLO, HEARTBEAT, PROBE, and bare acks."""
+        if link is not None and self._current(link, envelope):
+            link.heard_at = now
+            asked = link.channel.probing
+            link.channel.acknowledged(envelope.ack, now)
+            if not envelope.body and asked:
+                link.channel.probing = False
+                self._resend(link, envelope.ack)
+        for message in envelope.body:
+            if message[0] == messages.HELLO:
+                self._hello(route, link, envelope, message, now)
+            elif message[0] == messages.HEARTBEAT and len(message) == 2 and isinstance(message[1], dict):
+                if link is not None:
+                    link.vitals = {name: one for name, one in message[1].items() if isinstance(one, (int, float))}
+            elif message[0] == messages.PROBE:
+                self._probed(route, link, envelope, now)
+            else:
+                raise ProtocolError(f"{messages.NAMES.get(message[0], message[0])} in an unnumbered envelope")
+
+    def _probed(self, route: Route, link: Link | None, envelope: Envelope, now: float) -> None:
+        if link is None or not self._current(link, envelope):
+            self._send_unnumbered(route, envelope.epoch, [[messages.WHO]])
+            return
+        moved = route != link.route
+        link.route = route
+        self._send_link(link, [])
+        if moved:
+            # A new connection: what was in the old one's pipes is lost, so all it has not acknowledged goes again.
+            self._resend(link, envelope.ack)
+
+    def _resend(self, link: Link, ack: int) -> None:
+        self.state.actions.extend(Send(link.route, frames) for frames in link.channel.kept_after(ack))
+
+    def _hello(self, route: Route, link: Link | None, envelope: Envelope, message: list[Any], now: float) -> None:
+        state = self.state
+        if link is not None:
+            if link.channel.epoch == envelope.epoch:
+                link.route = route
+                self._welcome(link)  # the first welcome was lost
+                return
+            if envelope.epoch < link.channel.epoch:
+                state.counters["old_hello"] += 1  # late, by a connection that is no more
+                return
+            self._gone(link.name, "it began anew", now)
+        hello = read_hello(message)
+        new = (envelope.sender, route, state.trusted[route[0]], envelope.epoch, hello, state.incarnation, now)
+        try:
+            if hello["role"] == "worker":
+                link = Worker(*new)
+                state.links[link.name] = link
+                # Welcomed first: what joining has to say to it must find an open link.
+                self._welcome(link)
+                self.lifecycle.worker_joined(link, now)
+            else:
+                link = Client(*new, id=self._client_id(hello), detached=bool(hello.get("detached")))
+                state.links[link.name] = link
+                state.clients[link.id] = link
+                self._welcome(link)
+        except ForgeError as error:
+            state.links.pop(envelope.sender, None)
+            state.note("warning", "hello refused", sender=envelope.sender, why=str(error))
+            self._refuse(route, envelope.epoch, error)
+            return
+        state.note("debug", "hello", peer=link.name, role=link.role, trusted=link.trusted)
+        state.actions.append(Watch(link.name, hello["host"], hello["pid"], hello["pid_namespace"], hello["started"]))
+        limit = state.config.heartbeat_s * state.config.liveness
+        state.deadlines.add(now + limit, Kind.SILENCE, link.name)
+
+    def _client_id(self, hello: dict[str, Any]) -> int:
+        """The one it had, if nobody else has it; else one drawn among the free ones."""
+        clients = self.state.clients
+        wanted = hello.get("client")
+        if type(wanted) is int and 0 < wanted < 1 << messages.CLIENT_BITS and wanted not in clients:
+            return wanted
+        while (drawn := self.state.random.randrange(1, 1 << messages.CLIENT_BITS)) in clients:
+            pass
+        return drawn
+
+    def _welcome(self, link: Link) -> None:
+        config = self.state.config
+        fields = {
+            "incarnation": self.state.incarnation,
+            "client": link.id if isinstance(link, Client) else 0,
+            "trusted": link.trusted,
+            "heartbeat_s": config.heartbeat_s,
+            "liveness": config.liveness,
+            "max_payload_bytes": config.max_payload_bytes,
+            "link_bytes": config.link_bytes,
+            "orphan_grace_s": config.orphan_grace_s,
+            "recovering": False,
+        }
+        self._send_link(link, [[messages.WELCOME, fields]])
+
+    def _link_due(self, name: str, now: float) -> None:
+        link = self.state.links.get(name)
+        if link is None:
+            return
+        link.timer_at = float("inf")
+        due = link.channel.due(now)
+        if due is Due.PROBE:
+            self._send_link(link, [[messages.PROBE]])
+        elif due is Due.ACK:
+            self._send_link(link, [])
+        self._set_timer(link)
+
+    def _set_timer(self, link: Link) -> None:
+        """One entry per link in the heap at a time, as early as its channel needs; a later need finds it when it fires."""
+        due = link.channel.next_deadline()
+        if due is not None and due < link.timer_at:
+            link.timer_at = due
+            self.state.deadlines.add(due, Kind.LINK, link.name)
+
+    def _send_link(self, link: Link, body: list[list[Any]]) -> None:
+        self.state.actions.append(Send(link.route, link.unnumbered(body)))
+
+    def _send_unnumbered(self, route: Route, epoch: int, body: list[list[Any]]) -> None:
+        frames = encode(BROKER_NAME, epoch, self.state.incarnation, 0, 0, body)
+        self.state.actions.append(Send(route, frames))
+
+    def _refuse(self, route: Route, epoch: int, error: ForgeError) -> None:
+        self._send_unnumbered(route, epoch, [[messages.REFUSE, *error.to_wire()]])
+
+    # What peers say.
+
+    def _from_client(self, client: Client, envelope: Envelope, now: float) -> None:
+        payloads = envelope.payloads
+        for message in envelope.body:
+            kind = message[0]
+            if kind == messages.CALLS:
+                self.dispatch.calls(client, message, payloads, now)
+            elif kind == messages.CONTROL:
+                self.control.handle(client, message, payloads, now)
+            elif kind == messages.CANCEL:
+                self.dispatch.cancel(client, message, now)
+            elif kind == messages.FANOUT:
+                self.dispatch.fanout(client, message, payloads, now)
+            elif kind == messages.BYE:
+                self._client_gone(client, "it said bye", now)
+                return
+            else:
+                raise ProtocolError(f"{messages.NAMES.get(kind, kind)} from a client")
+        payloads.close()
+
+    def _from_worker(self, worker: Worker, envelope: Envelope, now: float) -> None:
+        payloads = envelope.payloads
+        for message in envelope.body:
+            kind = message[0]
+            if kind == messages.REPLIES:
+                self.dispatch.replies(worker, message, payloads, now)
+            elif kind == messages.READY:
+                self.lifecycle.ready(worker, now)
+            elif (
+                kind == messages.MASTER
+                and len(message) == 3
+                and isinstance(message[1], str)
+                and type(message[2]) is int
+            ):
+                self.lifecycle.master(worker, message[1], message[2])
+            elif kind == messages.UNREADY and len(message) == 3 and type(message[2]) is int:
+                payload = payloads.take(message[2]) if message[2] else None
+                self.lifecycle.unready(worker, message[1], payload, now)
+            elif kind == messages.BYE:
+                why = f"it left: {message[1]}" if len(message) == 2 else "it left"
+                # To leave when it was READY is its right; to leave before that is how a start fails, and counts against it.
+                self.lifecycle.worker_gone(worker, why, [], now, blame=worker.state is WorkerState.LOADING)
+                self.lifecycle.place_pending(now)
+                return
+            else:
+                raise ProtocolError(f"{messages.NAMES.get(kind, kind)} from a worker")
+        payloads.close()
+
+
+def read_hello(message: list[Any]) -> dict[str, Any]:
+    """The fields of HELLO, checked (PROTOCOL.md §5). Raises ProtocolError naming all that is wrong."""
+    hello = message[1] if len(message) == 2 else None
+    if not isinstance(hello, dict):
+        raise ProtocolError("HELLO is [1, fields]")
+    wanted: dict[str, type] = {
+        "role": str,
+        "host": str,
+        "hostname": str,
+        "pid": int,
+        "pid_namespace": int,
+        "started": int,
+    }
+    if hello.get("role") == "worker":
+        wanted |= {"gpus": list, "launch": int}
+    wrong = [f"{name} is no {kind.__name__}" for name, kind in wanted.items() if not isinstance(hello.get(name), kind)]
+    if hello.get("role") not in ("client", "worker"):
+        wrong.append("role is neither client nor worker")
+    elif hello["role"] == "worker" and not wrong:
+        gpus, labels = hello["gpus"], hello.get("labels") or {}
+        if not all(isinstance(gpu, str) for gpu in gpus) or len(set(gpus)) != len(gpus):
+            wrong.append("gpus is no array of distinct str")
+        if not (isinstance(labels, dict) and all(isinstance(one, str) for pair in labels.items() for one in pair)):
+            wrong.append("labels is no map of str to str")
+    if not wrong and not (0 <= hello["pid"] < 1 << 31 and hello["pid_namespace"] >= 0 and hello["started"] >= 0):
+        wrong.append("pid, pid_namespace or started is out of range")
+    if wrong:
+        raise ProtocolError("HELLO: " + ", ".join(wrong))
+    return hello

@@ -1,0 +1,85 @@
+"""The columns of CALLS, FANOUT and REPLIES, checked before anything is done with them: a peer's nonsense is data (W8).
+
+The checks work on whole columns at C speed, because this is the hot path; `dispatch` calls them once per message.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from forge_broker.core.requests import Request
+from forge_contract.errors import ProtocolError
+from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED
+
+_COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "shape"})
+_STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED})
+_NOT_FIELDS = frozenset({"timeout", "shape"})
+
+
+def fill(request: Request, columns: dict[str, Any], at: int) -> None:
+    """The fields of one item from the columns of its message."""
+    for name, values in columns.items():
+        if name in _NOT_FIELDS:
+            continue
+        value = values[at] if isinstance(values, list) else values
+        if value is not None:
+            setattr(request, name, value)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "timeout": (float, int),
+    "session": (str,),
+    "priority": (int,),
+    "hints": (dict,),
+    "rank": (int,),
+    "shape": (int,),
+}
+
+
+def read_calls(message: list[Any]) -> tuple[int, list[int], list[int], dict[str, Any]]:
+    """The fields of CALLS, checked (PROTOCOL.md §7). Raises ProtocolError."""
+    if len(message) != 5:
+        raise ProtocolError(f"CALLS has {len(message)} fields instead of 5")
+    _, endpoint, sequences, sizes, columns = message
+    if type(endpoint) is not int or not _ints(sequences) or not _ints(sizes) or len(sequences) != len(sizes):
+        raise ProtocolError("CALLS with columns that do not match")
+    if sequences and not 0 < min(sequences) <= max(sequences) < 1 << 40:
+        raise ProtocolError("CALLS with a sequence out of range")
+    if not isinstance(columns, dict):
+        raise ProtocolError("CALLS with columns that are no map")
+    if not columns.keys() <= _COLUMNS:  # a newer peer's
+        columns = {name: values for name, values in columns.items() if name in _COLUMNS}
+    for name, values in columns.items():
+        many = values if isinstance(values, list) else [values]
+        if isinstance(values, list) and len(values) != len(sequences):
+            raise ProtocolError(f"CALLS with {len(values)} values of {name} for {len(sequences)} items")
+        if not all(value is None or type(value) in _KINDS[name] for value in many):
+            raise ProtocolError(f"CALLS with a {name} of another type")
+        if name == "timeout" and any(value is not None and math.isnan(value) for value in many):
+            raise ProtocolError("CALLS with a timeout that is no number")  # nan would never be due, nor let others be
+    priority = columns.get("priority")
+    if priority is not None and not all(
+        -100 <= (one or 0) <= 100 for one in (priority if isinstance(priority, list) else [priority])
+    ):
+        raise ProtocolError("CALLS with a priority out of -100 … 100")
+    return endpoint, sequences, sizes, columns
+
+
+def read_replies(message: list[Any]) -> tuple[int, list[int], Any, Any, list[int]]:
+    """The fields of REPLIES, checked. Raises ProtocolError."""
+    if len(message) != 6:
+        raise ProtocolError(f"REPLIES has {len(message)} fields instead of 6")
+    _, epoch, ids, attempts, statuses, sizes = message
+    if type(epoch) is not int or not _ints(ids) or not _ints(sizes) or len(ids) != len(sizes):
+        raise ProtocolError("REPLIES with columns that do not match")
+    for values in (attempts, statuses):
+        if not (type(values) is int or (_ints(values) and len(values) == len(ids))):
+            raise ProtocolError("REPLIES with columns that do not match")
+    if not (_STATUSES.issuperset(statuses) if isinstance(statuses, list) else statuses in _STATUSES):
+        raise ProtocolError("REPLIES with an unknown status")
+    return epoch, ids, attempts, statuses, sizes
+
+
+def _ints(values: Any) -> bool:
+    return isinstance(values, list) and set(map(type, values)) <= {int}

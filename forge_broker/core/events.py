@@ -1,0 +1,53 @@
+"""What can happen to the broker. The shell turns frames, dead processes and failed launches into these; `Broker.handle` takes them.
+
+The grain of `Received` is an envelope, not a request (C2): one event may carry hundreds of calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+Route = tuple[int, bytes]
+"""Where a peer is reached: which of the broker's addresses, and the routing id ZeroMQ gave the connection."""
+
+
+class Received(NamedTuple):
+    """An envelope came in. `frames` without the routing id: header, packed, large ones."""
+
+    route: Route
+    frames: list[Any]
+
+
+class Unroutable(NamedTuple):
+    """The connection behind this route is gone: an envelope could not be sent."""
+
+    route: Route
+
+
+class Watched(NamedTuple):
+    """The kernel will tell when this peer's process ends, so its silence means nothing (F1)."""
+
+    name: str
+
+
+class ProcessGone(NamedTuple):
+    """The process of a watched peer has ended."""
+
+    name: str
+
+
+class LaunchEnded(NamedTuple):
+    """A process the scaler launched has ended, or could not be started (`why` says which)."""
+
+    launch: int
+    why: str  # "exit code 1", "signal SIGKILL", "could not be started: …"
+    last_lines: list[str]
+
+
+class Terminate(NamedTuple):
+    """Somebody wants the broker to end: stop everything it runs, then ask the shell to exit."""
+
+    why: str
+
+
+Event = Received | Unroutable | Watched | ProcessGone | LaunchEnded | Terminate

@@ -1,0 +1,143 @@
+"""What must hold after every event (C6). Tests call `check`; it walks everything, so production does not.
+
+Each violation is a sentence; all of them are raised together.
+"""
+
+from __future__ import annotations
+
+from forge_broker.core.broker import Broker
+from forge_broker.core.queues import Queue
+from forge_broker.core.replicas import Replica, ReplicaState
+from forge_broker.core.requests import Gather, Request
+from forge_broker.core.workers import WorkerState
+from forge_contract.messages import show_request
+
+
+class InvariantBroken(AssertionError):
+    pass
+
+
+def check(broker: Broker) -> None:
+    """Raises InvariantBroken naming everything that does not hold."""
+    wrong = [*_calls(broker), *_replicas(broker), *_sessions(broker), *_processes(broker)]
+    if wrong:
+        raise InvariantBroken(f"{broker!r}:\n" + "\n".join(f"  - {line}" for line in wrong))
+
+
+def _calls(broker: Broker) -> list[str]:
+    """Accepted = answered + queued + in flight; every unanswered request has exactly one holder."""
+    wrong: list[str] = []
+    state = broker.state
+    holders: dict[int, list[str]] = {}
+    for service in state.services.values():
+        for queue in service.queues:
+            for request in queue:
+                holders.setdefault(id(request), []).append(queue.name)
+                if request.holder is not queue:
+                    wrong.append(
+                        f"{show_request(request.id)} is in {queue.name} but thinks it is in {request.holder!r}"
+                    )
+        for replica in service.replicas.values():
+            for request in replica.parked:
+                holders.setdefault(id(request), []).append(replica.parked.name)
+    for key, request in state.ledger:
+        holders.setdefault(id(request), []).append(f"ledger of {key}")
+        if not isinstance(request.holder, Replica):
+            wrong.append(f"{show_request(request.id)} is in the ledger but thinks it is in {request.holder!r}")
+    held_bytes = 0
+    for client in state.clients.values():
+        if client.accepted != client.answered + len(client.calls):
+            wrong.append(
+                f"{client!r}: accepted {client.accepted}, answered {client.answered}, open {len(client.calls)}"
+            )
+        for call in client.calls.values():
+            parts: list[Request] = list(call.children.values()) if isinstance(call, Gather) else [call]
+            held_bytes += call.size
+            if not parts:
+                wrong.append(f"fan-out {show_request(call.id)} waits for nobody")
+            for part in parts:
+                where = holders.get(id(part), [])
+                if len(where) != 1:
+                    wrong.append(f"{show_request(part.id)} of {part.endpoint!r} has {len(where)} holders: {where}")
+                if part.answered:
+                    wrong.append(f"{show_request(part.id)} is answered and still open")
+    if held_bytes != state.held_bytes:
+        wrong.append(f"held_bytes is {state.held_bytes}, the open calls hold {held_bytes}")
+    for service in state.services.values():
+        for queue in service.queues:
+            if queue.length != sum(1 for _ in queue):
+                wrong.append(f"{queue!r} has {sum(1 for _ in queue)}")
+    return wrong
+
+
+def _replicas(broker: Broker) -> list[str]:
+    """In flight ≤ capacity; the pool has exactly the healthy ones; a draining replica gets nothing new."""
+    wrong: list[str] = []
+    state = broker.state
+    for service in state.services.values():
+        healthy = tuple(sorted(replica.idx for replica in service.replicas.values() if replica.healthy))
+        if service.pool.members != healthy:
+            wrong.append(f"{service!r}: the pool has {service.pool.members}, healthy are {healthy}")
+        roomy = sum(1 << replica.idx for replica in service.replicas.values() if replica.has_room)
+        if service.pool.roomy != roomy:
+            wrong.append(f"{service!r}: room {service.pool.roomy:b}, should be {roomy:b}")
+        for replica in service.replicas.values():
+            held = len(state.ledger.held_by(replica))
+            if not held == replica.active <= replica.limit:
+                wrong.append(f"{replica!r} holds {held} in the ledger, active is {replica.active}")
+            if replica.state is ReplicaState.HEALTHY and not all(
+                rank is not None and rank.state is WorkerState.READY for rank in replica.ranks
+            ):
+                wrong.append(f"{replica!r} is HEALTHY with ranks {replica.ranks}")
+            if replica.parked.length and not replica.healthy:
+                wrong.append(f"{replica!r} has {replica.parked.length} parked")
+            if replica.parked.length and replica.has_room:
+                wrong.append(f"{replica!r} has room and {replica.parked.length} parked")
+        waiting: list[Queue] = [queue for queue in service.queues if queue.length]
+        if waiting and service.pool.roomy:
+            wrong.append(f"{service!r}: somebody has room, and {waiting} wait")
+    return wrong
+
+
+def _sessions(broker: Broker) -> list[str]:
+    """A session has at most one pin, to a healthy replica, and only while it is open."""
+    wrong: list[str] = []
+    for service in broker.state.services.values():
+        for sid, idx in service.pins.items():
+            if sid not in service.sessions:
+                wrong.append(f"{sid} of {service!r} is pinned and not open")
+            replica = service.replicas.get(idx)
+            if replica is None or replica.state not in (ReplicaState.HEALTHY, ReplicaState.DRAINING):
+                wrong.append(f"{sid} of {service!r} is pinned to {replica!r}")
+        for replica in service.replicas.values():
+            pinned = sum(1 for idx in service.pins.values() if idx == replica.idx)
+            if pinned != replica.sessions:
+                wrong.append(f"{replica!r} counts {replica.sessions} sessions, {pinned} are pinned")
+        for sid, session in service.sessions.items():
+            waiting = sum(1 for request in service.unpinned if request.session == sid)
+            if waiting != session.unpinned:
+                wrong.append(f"{sid} counts {session.unpinned} waiting calls, {waiting} wait")
+    return wrong
+
+
+def _processes(broker: Broker) -> list[str]:
+    """No GPU has two holders; a worker is one rank of one replica at most."""
+    wrong: list[str] = []
+    state = broker.state
+    holders: dict[str, list[object]] = {}
+    for launch in state.launches.values():
+        for gpu in launch.gpus:
+            holders.setdefault(gpu, []).append(launch.id)
+    for worker in state.workers.values():
+        if not worker.launch and worker.host == state.host:
+            for gpu in worker.gpus:
+                holders.setdefault(gpu, []).append(worker.name)
+    wrong += [f"GPU {gpu} is held by {found}" for gpu, found in holders.items() if len(found) > 1]
+    seats: dict[str, int] = {}
+    for service in state.services.values():
+        for replica in service.replicas.values():
+            for worker in replica.ranks:
+                if worker is not None:
+                    seats[worker.name] = seats.get(worker.name, 0) + 1
+    wrong += [f"worker {name} has {count} seats" for name, count in seats.items() if count > 1]
+    return wrong

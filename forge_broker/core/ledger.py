@@ -1,0 +1,40 @@
+"""Which replica holds which request (C4). `dispatch` adds when it sends and takes when a reply comes; `release` is the only
+other way out. When a replica counts as lost is the business of `lifecycle`, not ours.
+
+Fencing: a reply is accepted only for the attempt that is current under the replica's current epoch; everything else
+is refused and counted (W3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from forge_broker.core.requests import Request
+
+
+class Ledger:
+    """In flight, by replica. Entries of one replica keep the order of their dispatch."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, dict[int, Request]] = {}
+        self.fenced = 0  # replies refused, because their attempt or epoch was not the current one
+
+    def __repr__(self) -> str:
+        return f"<Ledger {sum(map(len, self._held.values()))} in flight on {len(self._held)} replicas, {self.fenced} fenced>"
+
+    def held_by(self, replica: Any) -> dict[int, Request]:
+        """The entries of one replica, by request id. `dispatch` adds and deletes in it, once per call; nobody else does."""
+        held = self._held.get(replica.key)
+        if held is None:
+            held = self._held[replica.key] = {}
+        return held
+
+    def release(self, replica: Any) -> list[Request]:
+        """All that the replica holds, in the order of dispatch; it holds nothing afterwards."""
+        return list(self._held.pop(replica.key, {}).values())
+
+    def __iter__(self) -> Iterator[tuple[int, Request]]:
+        for key, held in self._held.items():
+            for request in held.values():
+                yield key, request

@@ -1,0 +1,80 @@
+"""Where requests wait: one queue per endpoint (R1), one per actor, and one per replica for those that only it may run.
+
+First in, first out within a priority, higher priorities first. Removal from the middle (a cancelled call) and return to the front (a lost
+replica's calls) are both constant time, which is why each priority is an OrderedDict and not a deque.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from forge_broker.core.requests import Request
+
+
+class Queue:
+    """`replica`: set when only that replica may take from here. `waiting`: whether the pump has it in its rotation."""
+
+    __slots__ = ("_levels", "_order", "length", "name", "replica", "waiting")
+
+    def __init__(self, name: str, replica: Any = None) -> None:
+        self.name = name
+        self.replica = replica
+        self.waiting = False
+        self.length = 0
+        self._levels: dict[int, OrderedDict[int, Request]] = {0: OrderedDict()}
+        self._order = [0]  # priorities, highest first
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.name} {self.length} waiting>"
+
+    def __iter__(self) -> Iterator[Request]:
+        for priority in self._order:
+            yield from self._levels[priority].values()
+
+    def _level(self, priority: int) -> OrderedDict[int, Request]:
+        level = self._levels.get(priority)
+        if level is None:
+            level = self._levels[priority] = OrderedDict()
+            self._order = sorted(self._levels, reverse=True)
+        return level
+
+    def push(self, request: Request) -> None:
+        priority = request.priority
+        level = self._levels[priority] if priority in self._levels else self._level(priority)
+        level[request.id] = request
+        request.holder = self
+        self.length += 1
+
+    def push_front(self, requests: Sequence[Request]) -> None:
+        """Return these to the front, in the order given (F2)."""
+        for request in reversed(requests):
+            level = self._level(request.priority)
+            level[request.id] = request
+            level.move_to_end(request.id, last=False)
+            request.holder = self
+        self.length += len(requests)
+
+    def pop(self) -> Request:
+        for priority in self._order:
+            level = self._levels[priority]
+            if level:
+                self.length -= 1
+                return level.popitem(last=False)[1]
+        raise LookupError(f"{self!r} is empty")
+
+    def remove(self, request: Request) -> None:
+        del self._levels[request.priority][request.id]
+        self.length -= 1
+
+    def drain(self) -> list[Request]:
+        """Take all, in order."""
+        found = list(self)
+        for level in self._levels.values():
+            level.clear()
+        self.length = 0
+        return found

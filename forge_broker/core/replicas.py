@@ -1,0 +1,261 @@
+"""A replica: the workers of one group of ranks acting as one, its life as a table, and the pool that routers choose from.
+
+`lifecycle` moves replicas along the table; `dispatch` tells the pool how their loads change. What a replica holds is in
+the ledger; who its workers are, in `workers`.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Final
+
+from forge_broker.core.queues import Queue
+from forge_broker.core.stats import ReplicaStats
+from forge_contract.routing import Pool
+
+
+class ReplicaState(enum.Enum):
+    """The names users see."""
+
+    UNINITIALIZED = "UNINITIALIZED"  # pending or loading for the first time
+    HEALTHY = "HEALTHY"
+    RECOVERING = "RECOVERING"  # lost, on its way back
+    UNHEALTHY = "UNHEALTHY"  # keeps dying; tried ever more slowly
+    DRAINING = "DRAINING"  # told to stop, finishing
+    STOPPED = "STOPPED"
+
+
+class ReplicaMove(enum.Enum):
+    READY = "all its ranks are ready"
+    LOST = "a rank is lost"
+    GIVE_UP = "it keeps dying"
+    TRY_AGAIN = "it is tried again"
+    STOP = "it is told to stop"
+    STOPPED = "its last worker is gone"
+
+
+MOVES: Final[dict[ReplicaState, dict[ReplicaMove, ReplicaState]]] = {
+    ReplicaState.UNINITIALIZED: {
+        ReplicaMove.READY: ReplicaState.HEALTHY,
+        ReplicaMove.LOST: ReplicaState.RECOVERING,
+        ReplicaMove.STOP: ReplicaState.DRAINING,
+    },
+    ReplicaState.HEALTHY: {
+        ReplicaMove.LOST: ReplicaState.RECOVERING,
+        ReplicaMove.STOP: ReplicaState.DRAINING,
+    },
+    ReplicaState.RECOVERING: {
+        ReplicaMove.READY: ReplicaState.HEALTHY,
+        ReplicaMove.LOST: ReplicaState.RECOVERING,
+        ReplicaMove.GIVE_UP: ReplicaState.UNHEALTHY,
+        ReplicaMove.STOP: ReplicaState.DRAINING,
+    },
+    ReplicaState.UNHEALTHY: {
+        ReplicaMove.TRY_AGAIN: ReplicaState.RECOVERING,
+        ReplicaMove.STOP: ReplicaState.DRAINING,
+    },
+    ReplicaState.DRAINING: {
+        ReplicaMove.LOST: ReplicaState.DRAINING,
+        ReplicaMove.STOP: ReplicaState.DRAINING,
+        ReplicaMove.STOPPED: ReplicaState.STOPPED,
+    },
+    ReplicaState.STOPPED: {},
+}
+
+
+class Replica:
+    """One replica over all its epochs. The properties below `name` are the view that routers see (R2)."""
+
+    __slots__ = (
+        "_name",
+        "active",
+        "deaths",
+        "epoch",
+        "healthy_at",
+        "idx",
+        "key",
+        "last_error",
+        "leaving",
+        "limit",
+        "master",
+        "parked",
+        "pending_why",
+        "pool",
+        "ranks",
+        "restarts",
+        "seats",
+        "service",
+        "sessions",
+        "started_at",
+        "state",
+        "stats",
+    )
+
+    def __init__(self, service: Any, key: int, idx: int, world: int, limit: int, now: float) -> None:
+        self.service = service
+        self.key = key  # unique in the broker, for the ledger
+        self.idx = idx
+        self.limit = limit  # calls at once
+        self.epoch = 1
+        self.state = ReplicaState.UNINITIALIZED
+        self.ranks: list[Any] = [None] * world  # workers.Worker
+        self.leaving = False  # a worker of this epoch gave calls back: it takes nothing new, and will be gone
+        self.active = 0  # calls in flight; the ledger's count, kept here because routers ask for every call
+        self.sessions = 0  # pinned here
+        self.master: tuple[str, int] | None = None  # rank 0's rendezvous of this epoch
+        self.started_at = now  # of this epoch's start
+        self.healthy_at = 0.0
+        self.seats: list[Any] = []  # placement.Seat by rank, of this epoch
+        self.pending_why = ""  # why it could not be placed, while it cannot
+        self.deaths = 0  # in a row, without having been HEALTHY for a while
+        self.restarts = 0
+        self.last_error = ""
+        self._name = f"{service.name}/{idx}"
+        self.parked = Queue(f"{self._name} parked", self)
+        self.stats = ReplicaStats(now)
+        self.pool: ReplicaPool | None = None  # while HEALTHY
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def __repr__(self) -> str:
+        return f"<Replica {self._name} {self.state.value} {self.active}/{self.limit} in flight>"
+
+    def move(self, move: ReplicaMove) -> None:
+        """Along the table; an impossible move is a bug and says so with everything it knows."""
+        after = MOVES[self.state].get(move)
+        if after is None:
+            raise RuntimeError(f"{self!r} of epoch {self.epoch} cannot take the move {move.value!r}")
+        self.state = after
+
+    @property
+    def healthy(self) -> bool:
+        return self.state is ReplicaState.HEALTHY
+
+    @property
+    def has_room(self) -> bool:
+        return self.active < self.limit and self.state is ReplicaState.HEALTHY and not self.leaving
+
+    @property
+    def current_load(self) -> int:
+        return self.active + self.parked.length
+
+    @property
+    def active_requests(self) -> int:
+        return self.active
+
+    @property
+    def queue_depth(self) -> int:
+        return self.parked.length
+
+    @property
+    def max_concurrent_requests(self) -> int:
+        return self.limit
+
+    @property
+    def capacity_utilization(self) -> float:
+        return self.active / self.limit
+
+
+class ReplicaPool(Pool):
+    """The healthy replicas of a service. Who has room is a set of bits by idx, one set per load, so that the questions of
+    the built-in routers cost the same for 2 replicas and for 1,000: a shift and a lowest bit, not a scan."""
+
+    __slots__ = ("_at", "_by_load", "_lowest", "_views", "members", "roomy")
+
+    def __init__(self, limit: int) -> None:
+        self.members: tuple[int, ...] = ()
+        self.roomy = 0  # bit idx: that replica has room
+        self._views: list[Replica] = []
+        self._at: dict[int, Replica] = {}
+        self._by_load = [0] * (limit + 1)  # of those with room
+        self._lowest = 0  # no level below it has a bit
+
+    def __getitem__(self, position: Any, /) -> Any:
+        return self._views[position]
+
+    def __iter__(self) -> Any:
+        return iter(self._views)
+
+    def __repr__(self) -> str:
+        return f"<ReplicaPool {len(self._views)} healthy, {self.roomy.bit_count()} with room>"
+
+    def admit(self, replica: Replica) -> None:
+        self._at[replica.idx] = replica
+        replica.pool = self
+        self._rebuild()
+        if replica.active < replica.limit:
+            self._set(replica.idx, replica.active)
+
+    def remove(self, replica: Replica) -> None:
+        if replica.pool is None:
+            return
+        del self._at[replica.idx]
+        replica.pool = None
+        self._clear(replica)
+        self._rebuild()
+
+    def close(self, replica: Replica) -> None:
+        """It stays among the healthy, but has no room until it is admitted anew."""
+        replica.leaving = True
+        self._clear(replica)
+
+    def _clear(self, replica: Replica) -> None:
+        bit = ~(1 << replica.idx)
+        self.roomy &= bit
+        self._by_load = [level & bit for level in self._by_load]
+
+    def _rebuild(self) -> None:
+        self._views = sorted(self._at.values(), key=lambda replica: replica.idx)
+        self.members = tuple(replica.idx for replica in self._views)
+
+    def _set(self, idx: int, load: int) -> None:
+        bit = 1 << idx
+        self.roomy |= bit
+        self._by_load[load] |= bit
+        self._lowest = min(self._lowest, load)
+
+    def took(self, replica: Replica) -> None:
+        """The replica has one more call in flight."""
+        load = replica.active
+        replica.active = load + 1
+        bit = 1 << replica.idx
+        self._by_load[load] ^= bit
+        if load + 1 < replica.limit:
+            self._by_load[load + 1] |= bit
+        else:
+            self.roomy ^= bit
+
+    def gave(self, replica: Replica, count: int) -> None:
+        """`count` of its calls have ended."""
+        before = replica.active
+        replica.active = before - count
+        if replica.leaving:
+            return
+        if before < replica.limit:
+            self._by_load[before] ^= 1 << replica.idx
+        self._set(replica.idx, before - count)
+
+    def with_room_after(self, idx: int) -> Replica | None:
+        roomy = self.roomy
+        if not roomy:
+            return None
+        above = roomy >> (idx + 1)
+        if above:
+            return self._at[idx + (above & -above).bit_length()]
+        return self._at[(roomy & -roomy).bit_length() - 1]
+
+    def least_loaded_after(self, idx: int) -> Replica | None:
+        if not self.roomy:
+            return None
+        levels = self._by_load
+        lowest = self._lowest
+        while not levels[lowest]:
+            lowest += 1
+        self._lowest = lowest
+        least = levels[lowest]
+        above = least >> (idx + 1)
+        if above:
+            return self._at[idx + (above & -above).bit_length()]
+        return self._at[(least & -least).bit_length() - 1]

@@ -1,0 +1,124 @@
+"""A request: one call of one endpoint, from acceptance to its one reply.
+
+On the hot path its state *is* the container that holds it (C3): a queue (QUEUED), the ledger under a replica (IN_FLIGHT), neither
+(over). `MOVES` is the table that `invariants` checks and that people read. Every accepted request is in its client's
+`calls` until it is answered; one that was answered early (timeout, cancellation) stays in the ledger until its
+replica has really ended it, because only then is the room free (F5).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Final
+
+from forge_contract.framing import Payload
+
+
+class State(enum.Enum):
+    QUEUED = "queued"
+    BATCHED = "batched"
+    IN_FLIGHT = "in flight"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+class Move(enum.Enum):
+    BATCH = "joins a batch"
+    DISPATCH = "is dispatched"
+    REPLY = "is answered"
+    ERROR = "fails"
+    REPLICA_LOST = "loses its replica"
+    CANCEL = "is cancelled"
+    TIMEOUT = "runs out of time"
+
+
+MOVES: Final[dict[State, dict[Move, State]]] = {
+    State.QUEUED: {
+        Move.BATCH: State.BATCHED,
+        Move.DISPATCH: State.IN_FLIGHT,
+        Move.ERROR: State.FAILED,
+        Move.CANCEL: State.CANCELLED,
+        Move.TIMEOUT: State.EXPIRED,
+    },
+    State.BATCHED: {
+        Move.DISPATCH: State.IN_FLIGHT,
+        Move.ERROR: State.FAILED,
+        Move.REPLICA_LOST: State.QUEUED,
+        Move.CANCEL: State.CANCELLED,
+        Move.TIMEOUT: State.EXPIRED,
+    },
+    State.IN_FLIGHT: {
+        Move.REPLY: State.DONE,
+        Move.ERROR: State.FAILED,
+        Move.REPLICA_LOST: State.QUEUED,
+        Move.CANCEL: State.CANCELLED,
+        Move.TIMEOUT: State.EXPIRED,
+    },
+    State.DONE: {},
+    State.FAILED: {},
+    State.CANCELLED: {},
+    State.EXPIRED: {},
+}
+
+
+class Request:
+    """One call. Made once per call on the hot path, hence slots and no defaults that need a call."""
+
+    __slots__ = (
+        "answered",
+        "attempt",
+        "client",
+        "deadline",
+        "endpoint",
+        "gather",
+        "hints",
+        "holder",
+        "id",
+        "parts",
+        "payload",
+        "priority",
+        "queued_at",
+        "rank",
+        "session",
+        "size",
+        "started_at",
+        "trusted",
+    )
+
+    def __init__(self, id: int, client: Any, endpoint: Any, payload: Payload, size: int, now: float) -> None:
+        self.id = id
+        self.client = client  # clients.Client
+        self.endpoint = endpoint  # services.Endpoint
+        self.payload = payload
+        self.size = size  # bytes
+        self.trusted: bool = client.trusted
+        self.queued_at = now
+        self.started_at = 0.0  # of the current attempt
+        self.attempt = 0
+        self.answered = False
+        self.holder: Any = None  # the Queue or the Replica that has it
+        self.deadline: float | None = None
+        self.session: str | None = None
+        self.priority = 0
+        self.hints: dict[str, Any] | None = None
+        self.rank: int | None = None  # only this rank of an actor's mesh
+        self.parts: dict[int, tuple[int, Payload, bool]] | None = None  # by rank, when several answer
+        self.gather: Gather | None = None  # the fan-out this is a part of
+
+
+class Gather:
+    """A fan-out under way: fixed targets, one reply made of their parts (A5). Stands in `Client.calls` for all of them."""
+
+    __slots__ = ("children", "client", "deadline", "endpoint", "id", "parts", "queued_at", "size")
+
+    def __init__(self, id: int, client: Any, endpoint: Any, size: int, now: float) -> None:
+        self.id = id
+        self.client = client
+        self.endpoint = endpoint
+        self.size = size  # bytes of its payload, which the parts share
+        self.queued_at = now
+        self.deadline: float | None = None
+        self.children: dict[int, Request] = {}  # replica idx → the part still awaited
+        self.parts: dict[tuple[int, int], tuple[int, Payload, bool]] = {}  # (replica, rank) → status, payload, trusted

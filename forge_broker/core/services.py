@@ -1,0 +1,212 @@
+"""A service: replicas of one class, its endpoints with their queues and routers, its sessions and their pins.
+
+Holds and checks; who moves what is `dispatch` (calls) and `lifecycle` (replicas).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from forge_broker.core.queues import Queue
+from forge_broker.core.replicas import Replica, ReplicaPool
+from forge_contract.config import EndpointOptions, ServiceConfig
+from forge_contract.errors import ConfigError, TrustRequired
+from forge_contract.framing import Payload
+from forge_contract.routing import LeastLoadedRouter, PowerOfTwoRouter, RoundRobinRouter, Router, build_router
+
+
+class Endpoint:
+    """One method of one service. Slots because the hot path reads it for every call."""
+
+    __slots__ = (
+        "at_most_once",
+        "id",
+        "method",
+        "name",
+        "options",
+        "ordered",
+        "pins_with",
+        "queue",
+        "router",
+        "service",
+        "signature",
+        "takes_hints",
+    )
+
+    def __init__(
+        self, service: Service, id: int, method: int, spec: dict[str, Any], router: Router, queue: Queue
+    ) -> None:
+        self.service = service
+        self.id = id
+        self.method = method  # its index in the worker's list
+        self.name: str = spec["name"]
+        self.options: dict[str, Any] = spec["options"]
+        self.signature = spec.get("signature")
+        self.router = router
+        self.takes_hints = router.takes_hints
+        # A session is pinned by the endpoint's router where one was chosen for its affinity, else to the least loaded (S2).
+        self.pins_with: Router = LeastLoadedRouter() if type(router) is RoundRobinRouter else router
+        self.queue = queue
+        self.ordered = service.kind == "actor"  # calls of one client start in the order sent (A6)
+        delivery = self.options.get("delivery") or service.config.delivery
+        default = "at_most_once" if service.kind == "actor" else "at_least_once"
+        self.at_most_once = (delivery or default) == "at_most_once"
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {self.service.name}.{self.name} {self.queue.length} queued>"
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.service.name}.{self.name}"
+
+
+class Session:
+    """What the broker knows of one session; where it is pinned stands in `Service.pins`."""
+
+    __slots__ = ("client", "hints", "id", "unpinned", "used_at")
+
+    def __init__(self, id: str, client: Any, hints: dict[str, Any], now: float) -> None:
+        self.id = id
+        self.client = client
+        self.hints = hints
+        self.used_at = now
+        self.unpinned = 0  # its calls in the service's `unpinned` queue
+
+
+class Service:
+    __slots__ = (
+        "class_name",
+        "config",
+        "endpoints",
+        "grace_at",
+        "id",
+        "init",
+        "init_trusted",
+        "kind",
+        "metrics_at",
+        "name",
+        "owner",
+        "pins",
+        "pool",
+        "ready",
+        "replicas",
+        "sessions",
+        "spec",
+        "start_failure",
+        "started",
+        "state_epoch",
+        "stopping",
+        "unhealthy_since",
+        "unpinned",
+        "waiting_start",
+        "waiting_stop",
+        "watchers",
+    )
+
+    def __init__(
+        self, id: int, name: str, spec: dict[str, Any], config: ServiceConfig, init: Payload, owner: Any, now: float
+    ) -> None:
+        self.id = id
+        self.name = name
+        self.spec = spec
+        self.config = config
+        self.init = init  # the constructor's arguments, as they came
+        self.init_trusted: bool = owner.trusted
+        self.owner = owner  # clients.Client, None when it lives on by itself
+        self.kind: str = spec["kind"]
+        self.class_name: str = spec["class_name"]
+        self.pool = ReplicaPool(config.concurrency)
+        self.replicas: dict[int, Replica] = {}
+        self.endpoints: list[Endpoint] = []
+        self.sessions: dict[str, Session] = {}
+        self.pins: dict[str, int] = {}  # session id → replica idx; what routers see as `session_map`
+        self.unpinned = Queue(f"{name} sessions")  # calls of sessions that have no replica yet, in order
+        self.ready: deque[Queue] = deque()  # queues that may have something to give, in rotation (R1)
+        self.started = False  # all replicas have been HEALTHY once
+        self.stopping: Any = None  # the error for whoever calls now
+        self.state_epoch = 1  # of an actor: how often its state began anew (A12)
+        self.unhealthy_since: float | None = now
+        self.grace_at: float | None = None  # when calls that wait for a healthy replica are looked at
+        self.waiting_start: list[tuple[Any, int]] = []  # (client, control number)
+        self.start_failure: Any = None  # fields and payload of the answer to those, when it stops instead
+        self.waiting_stop: list[tuple[Any, int]] = []
+        self.watchers: set[str] = set()  # clients that get its metrics
+        self.metrics_at = 0.0  # when the next snapshot goes out; 0.0: none is due
+
+    def __repr__(self) -> str:
+        return f"<Service {self.name} {len(self.pool)}/{len(self.replicas)} healthy>"
+
+    @property
+    def queues(self) -> list[Queue]:
+        """Its queues but those of the replicas: each once, though an actor's endpoints share one."""
+        found = {id(endpoint.queue): endpoint.queue for endpoint in self.endpoints}
+        return [*found.values(), self.unpinned]
+
+    def pin(self, session: str, replica: Replica) -> None:
+        self.unpin(session)
+        self.pins[session] = replica.idx
+        replica.sessions += 1
+
+    def unpin(self, session: str) -> None:
+        idx = self.pins.pop(session, None)
+        if idx is not None and idx in self.replicas:
+            self.replicas[idx].sessions -= 1
+
+    def free_idx(self) -> int:
+        """The lowest replica number not in use: names stay short however often it scales."""
+        return next(idx for idx in range(len(self.replicas) + 1) if idx not in self.replicas)
+
+
+def read_spec(spec: Any, trusted: bool) -> ServiceConfig:
+    """Judge what a client wants deployed (PROTOCOL.md §7.1). Raises ConfigError or TrustRequired."""
+    if not isinstance(spec, dict):
+        raise ConfigError(where="deploy", message="the spec is no map")
+    problems = [
+        f"{name} must be {kind.__name__}, not {spec.get(name)!r:.60}"
+        for name, kind in (("class_name", str), ("target", dict), ("endpoints", list))
+        if not isinstance(spec.get(name), kind)
+    ]
+    if spec.get("kind") not in ("service", "actor"):
+        problems.append(f"kind must be 'service' or 'actor', not {spec.get('kind')!r:.60}")
+    if problems:
+        raise ConfigError(where="deploy", problems=problems)
+    target = spec["target"]
+    if "code" in target:
+        if not trusted:
+            raise TrustRequired(what=f"class {spec['class_name']} by value")
+    elif not isinstance(target.get("ref"), str):
+        raise ConfigError(where="deploy", message="target has neither a ref nor code")
+    names = [one.get("name") if isinstance(one, dict) else None for one in spec["endpoints"]]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ConfigError(where="deploy", message=f"endpoints need distinct names, not {names!r:.100}")
+    config = ServiceConfig.from_wire(spec.get("config") or {})
+    for one in spec["endpoints"]:
+        options = one.get("options")
+        if not isinstance(options, dict):
+            raise ConfigError(where="deploy", message=f"endpoint {one['name']} has no options")
+        EndpointOptions.checked(f"endpoint {one['name']}", options)
+    return config
+
+
+def read_router(
+    described: Any, trusted: bool, unpickle: Callable[[bytes], Any], seed: Callable[[], int], where: str
+) -> Router:
+    """An endpoint's own router: a built-in one by name, or the user's by value where there is trust (R4)."""
+    if isinstance(described, dict) and isinstance(described.get("code"), bytes):
+        if not trusted:
+            raise TrustRequired(what=f"a custom router for {where}")
+        try:
+            router = unpickle(described["code"])
+        except Exception as error:
+            raise ConfigError(
+                where=where, message=f"its router cannot be loaded in the broker: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(router, Router):
+            raise ConfigError(where=where, message=f"{router!r:.100} is no Router")
+        return router
+    router = build_router(described)
+    if isinstance(router, PowerOfTwoRouter) and (described.get("options") or {}).get("seed") is None:
+        return PowerOfTwoRouter(seed())
+    return router

@@ -1,0 +1,70 @@
+"""Sessions: opened and closed by their client, pinned to a replica at their first call, ended when unused for long (S2).
+
+Where a session is pinned stands in `Service.pins`; which of its calls goes where is `dispatch`'s business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forge_broker.core.answers import Answers
+from forge_broker.core.clients import Client
+from forge_broker.core.deadlines import Kind
+from forge_broker.core.services import Service, Session
+from forge_broker.core.state import State
+from forge_contract.errors import SessionClosed
+
+
+class Sessions:
+    def __init__(self, state: State, answers: Answers) -> None:
+        self._state = state
+        self._answers = answers
+
+    def open(self, service: Service, client: Client, sid: str, hints: dict[str, Any], now: float) -> None:
+        """Idempotent: a session that is open stays as it is."""
+        if sid not in service.sessions:
+            service.sessions[sid] = Session(sid, client, hints, now)
+            client.sessions.add((service.id, sid))
+            if service.config.session_ttl_s is not None:
+                self._state.deadlines.add(now + service.config.session_ttl_s, Kind.SESSION, (service.id, sid))
+
+    def close(self, service: Service, sid: str, why: str, now: float) -> None:
+        """Idempotent. What waits under it fails; what runs, runs on and is answered."""
+        session = service.sessions.pop(sid, None)
+        if session is None:
+            return
+        idx = service.pins.get(sid)
+        for queue in (service.unpinned, *([] if idx is None else [service.replicas[idx].parked])):
+            for request in [request for request in queue if request.session == sid]:
+                queue.remove(request)
+                request.holder = None
+                closed = SessionClosed(session=sid, service=service.name, why=f": {why}")
+                self._answers.fail(request, closed)
+        service.unpin(sid)
+        session.client.sessions.discard((service.id, sid))
+
+    def idle(self, service: Service, sid: str, now: float) -> None:
+        """`session_ttl_s` may have passed without use; a call that waits or runs is use."""
+        session = service.sessions.get(sid)
+        ttl = service.config.session_ttl_s
+        if session is None or ttl is None:
+            return
+        if self._busy(service, sid):
+            session.used_at = now
+        if now - session.used_at >= ttl - 1e-6:
+            self._state.story.tell(now, sid, f"closed after {ttl} s without use")
+            self.close(service, sid, f"unused for {ttl} s", now)
+        else:
+            self._state.deadlines.add(session.used_at + ttl, Kind.SESSION, (service.id, sid))
+
+    def _busy(self, service: Service, sid: str) -> bool:
+        if service.sessions[sid].unpinned:
+            return True
+        idx = service.pins.get(sid)
+        if idx is None:
+            return False
+        replica = service.replicas[idx]
+        held = self._state.ledger.held_by(replica).values()
+        return any(request.session == sid for request in held) or any(
+            request.session == sid for request in replica.parked
+        )

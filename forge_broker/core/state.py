@@ -1,0 +1,96 @@
+"""All the broker's data on one page. Each fact has one home, named here; what changes it is said beside it.
+
+`dispatch`, `lifecycle` and `control` work on it, `broker` wires them, `status` and `invariants` read it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from forge_broker.core.actions import Action, Deliver, Note
+from forge_broker.core.clients import Client
+from forge_broker.core.deadlines import Deadlines
+from forge_broker.core.ledger import Ledger
+from forge_broker.core.links import Link
+from forge_broker.core.replicas import Replica
+from forge_broker.core.services import Endpoint, Service
+from forge_broker.core.story import Story
+from forge_broker.core.workers import Worker
+from forge_contract.config import BrokerConfig
+
+if TYPE_CHECKING:
+    from random import Random
+
+
+class Launch:
+    """A worker process that the scaler started for one rank, until the kernel says that it is gone."""
+
+    __slots__ = ("epoch", "gpus", "id", "rank", "replica")
+
+    def __init__(self, id: int, gpus: tuple[str, ...], replica: Replica, rank: int) -> None:
+        self.id = id
+        self.gpus = gpus
+        self.replica = replica
+        self.epoch = replica.epoch
+        self.rank = rank
+
+
+class State:
+    def __init__(
+        self,
+        config: BrokerConfig,
+        *,
+        incarnation: int,
+        host: str,
+        trusted: Sequence[bool],
+        random: Random,
+        unpickle: Callable[[bytes], Any],
+        now: float,
+    ) -> None:
+        self.config = config
+        self.incarnation = incarnation
+        self.host = host  # this machine, as hellos name it
+        self.trusted = tuple(trusted)  # by address, as routes count them
+        self.random = random
+        self.unpickle = unpickle
+        self.started_at = now
+
+        # Peers. Made by a hello, removed when they are gone.
+        self.links: dict[str, Link] = {}
+        self.clients: dict[int, Client] = {}
+        self.workers: dict[str, Worker] = {}
+
+        # What is served. Made by deploy, removed when the last worker is gone.
+        self.services: dict[int, Service] = {}
+        self.names: dict[str, Service] = {}
+        self.endpoints: dict[int, Endpoint] = {}
+        self.last_id = 0  # services, endpoints, replicas and launches count together
+
+        # Processes and GPUs of this machine.
+        self.launches: dict[int, Launch] = {}  # until the process is gone
+        self.slots: dict[str, str] = dict.fromkeys(config.gpus, "")  # GPU → who has it, "" if nobody
+        self.pending: dict[int, Replica] = {}  # replicas without seats, in the order of their asking
+
+        self.ledger = Ledger()
+        self.deadlines = Deadlines()
+        self.story = Story(config.story_entries)
+        self.held_bytes = 0  # arguments of all unanswered calls
+        self.counters: Counter[str] = Counter()  # what the protocol counts: refused, fenced, garbage, …
+        self.terminating = ""
+
+        self.actions: list[Action] = []  # of the event being handled
+
+    def next_id(self) -> int:
+        self.last_id += 1
+        return self.last_id
+
+    def deliver(self, link: Link) -> None:
+        """Something was put into this peer's outbox."""
+        if not link.delivering:
+            link.delivering = True
+            self.actions.append(Deliver(link.name))
+
+    def note(self, level: str, event: str, **fields: Any) -> None:
+        self.actions.append(Note(level, event, fields))

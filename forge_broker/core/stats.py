@@ -1,0 +1,60 @@
+"""Counts and rates (X3): over windows of time, in constant memory at any rate. Bumped once per envelope where it can be."""
+
+from __future__ import annotations
+
+WINDOW_S = 60.0
+_BUCKETS = 60
+
+
+class Window:
+    """How many, and the sum of their latencies, over the last minute, in buckets of a second."""
+
+    __slots__ = ("_counts", "_first", "_latencies", "_newest")
+
+    def __init__(self, now: float) -> None:
+        self._counts = [0] * _BUCKETS
+        self._latencies = [0.0] * _BUCKETS
+        self._newest = int(now)
+        self._first = now
+
+    def _roll(self, now: float) -> int:
+        second = int(now)
+        for passed in range(self._newest + 1, min(second, self._newest + _BUCKETS) + 1):
+            self._counts[passed % _BUCKETS] = 0
+            self._latencies[passed % _BUCKETS] = 0.0
+        self._newest = max(second, self._newest)
+        return second % _BUCKETS
+
+    def add(self, count: int, latency_s: float, now: float) -> None:
+        """`count` calls ended, their latencies summing up to `latency_s`."""
+        bucket = self._roll(now)
+        self._counts[bucket] += count
+        self._latencies[bucket] += latency_s
+
+    def rate(self, now: float) -> float:
+        """Per second, over the window or since the start, whichever is shorter (at least one second)."""
+        self._roll(now)
+        return sum(self._counts) / max(1.0, min(WINDOW_S, now - self._first))
+
+    def mean_latency_s(self, now: float) -> float:
+        self._roll(now)
+        count = sum(self._counts)
+        return sum(self._latencies) / count if count else 0.0
+
+
+class ReplicaStats:
+    """Totals of one replica, over all its epochs."""
+
+    __slots__ = ("failed", "succeeded", "total", "window")
+
+    def __init__(self, now: float) -> None:
+        self.total = 0
+        self.succeeded = 0
+        self.failed = 0
+        self.window = Window(now)
+
+    def ended(self, succeeded: int, failed: int, latency_s: float, now: float) -> None:
+        self.total += succeeded + failed
+        self.succeeded += succeeded
+        self.failed += failed
+        self.window.add(succeeded + failed, latency_s, now)

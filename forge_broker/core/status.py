@@ -1,0 +1,182 @@
+"""What the broker looks like from outside: plain dicts for `forge status`, `state()`, `get_metrics()` and `forge explain`.
+
+Reads `state`, changes nothing. Costs a walk over replicas and workers, never over calls or sessions one by one (except where one is
+asked for), so that a broker with 10,000 queued calls answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forge_broker.core.queues import Queue
+from forge_broker.core.replicas import Replica
+from forge_broker.core.requests import Gather, Request
+from forge_broker.core.services import Service
+from forge_broker.core.state import State
+from forge_contract.messages import read_request, show_request
+
+
+def broker_status(state: State, now: float) -> dict[str, Any]:
+    return {
+        "incarnation": state.incarnation,
+        "uptime_s": round(now - state.started_at, 3),
+        "recovering": False,
+        "terminating": state.terminating,
+        "clients": len(state.clients),
+        "services": [service_state(service, now) for service in state.services.values()],
+        "workers": workers(state, now),
+        "gpus": dict(state.slots),
+        "launches": len(state.launches),
+        "max_workers": state.config.max_workers,
+        "queued_bytes": state.held_bytes,
+        "fenced_replies": state.ledger.fenced,
+        "counters": dict(state.counters),
+    }
+
+
+def service_state(service: Service, now: float) -> dict[str, Any]:
+    """X5: what `await service.state()` is."""
+    return {
+        "service": service.id,
+        "name": service.name,
+        "kind": service.kind,
+        "class_name": service.class_name,
+        "detached": service.owner is None,
+        "stopping": service.stopping is not None,
+        "replicas": [_replica_state(replica) for replica in service.replicas.values()],
+        "queues": {queue.name: queue.length for queue in service.queues},
+        "active_sessions": sorted(service.sessions)[:1000],
+        "sessions": len(service.sessions),
+        "session_replica_map": dict(list(service.pins.items())[:1000]),
+        "state_epoch": service.state_epoch,
+        "request_rate": round(sum(replica.stats.window.rate(now) for replica in service.replicas.values()), 3),
+    }
+
+
+def _replica_state(replica: Replica) -> dict[str, Any]:
+    return {
+        "idx": replica.idx,
+        "name": replica.name,
+        "state": replica.state.value,
+        "healthy": replica.healthy,
+        "failed": replica.state.value in ("RECOVERING", "UNHEALTHY"),
+        "epoch": replica.epoch,
+        "active_requests": replica.active,
+        "max_concurrent_requests": replica.limit,
+        "queue_size": replica.parked.length,
+        "capacity_utilization": replica.capacity_utilization,
+        "sessions": replica.sessions,
+        "restarts": replica.restarts,
+        "last_error": replica.last_error,
+        "pending": replica.pending_why,
+        "workers": [worker.name for worker in replica.ranks if worker is not None],
+        "total_requests": replica.stats.total,
+    }
+
+
+def workers(state: State, now: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": worker.name,
+            "state": worker.state.value,
+            "hostname": worker.hello["hostname"],
+            "pid": worker.hello["pid"],
+            "gpus": list(worker.gpus),
+            "labels": worker.hello.get("labels") or {},
+            "launched": bool(worker.launch),
+            "watched": worker.watched,
+            "replica": worker.replica.name if worker.replica is not None else None,
+            "rank": worker.rank if worker.replica is not None else None,
+            "silent_s": round(now - worker.heard_at, 3),
+            "vitals": worker.vitals,
+        }
+        for worker in state.workers.values()
+    ]
+
+
+def metrics(service: Service, now: float) -> dict[str, Any]:
+    """X4, with the original's names. Queue depth counts endpoint queues and parked calls, over healthy replicas."""
+    replicas = service.replicas.values()
+    healthy = len(service.pool.members)
+    queued = sum(queue.length for queue in service.queues) + sum(replica.parked.length for replica in replicas)
+    return {
+        "service": {
+            "total_sessions": len(service.sessions),
+            "healthy_replicas": healthy,
+            "total_replicas": len(service.replicas),
+            "total_request_rate": sum(replica.stats.window.rate(now) for replica in replicas),
+            "avg_queue_depth": queued / max(1, healthy),
+            "avg_capacity_utilization": sum(replica.capacity_utilization for replica in service.pool) / max(1, healthy),
+            "sessions_per_replica": len(service.sessions) / max(1, len(service.replicas)),
+        },
+        "replicas": {
+            replica.idx: {
+                "total_requests": replica.stats.total,
+                "successful_requests": replica.stats.succeeded,
+                "failed_requests": replica.stats.failed,
+                "request_rate": replica.stats.window.rate(now),
+                "avg_latency": replica.stats.window.mean_latency_s(now),
+                "active_requests": replica.active,
+                "queue_depth": replica.parked.length,
+                "assigned_sessions": replica.sessions,
+                "capacity_utilization": replica.capacity_utilization,
+            }
+            for replica in replicas
+        },
+    }
+
+
+def story(state: State, subject: str, now: float) -> list[str]:
+    """C5: what happened to a request, a session, a replica or a worker, and how it is now."""
+    lines = [f"{entry.when - now:+.3f} s  {entry.text}" for entry in state.story.of(subject)]
+    for service in state.services.values():
+        if subject in service.sessions:
+            idx = service.pins.get(subject)
+            session = service.sessions[subject]
+            pinned = f"pinned to {service.name}/{idx}" if idx is not None else "not pinned yet"
+            return [*lines, f"session of {service.name}, {pinned}, last used {now - session.used_at:.3f} s ago"]
+        for replica in service.replicas.values():
+            if replica.name == subject:
+                return [*lines, *_replica_now(replica)]
+    worker = state.workers.get(subject)
+    if worker is not None:
+        return [
+            *lines,
+            f"{worker!r} on {worker.hello['hostname']}, pid {worker.hello['pid']}, heard {now - worker.heard_at:.3f} s ago",
+        ]
+    key = read_request(subject)
+    if key is not None:
+        return lines + _request_now(state, key, now)
+    if lines:
+        return [*lines, "it is over"]
+    return [
+        f"nothing is known of {subject!r}: it is no replica (name/0), session, worker or request (1a2b3c-17) of this broker, "
+        "or it was an ordinary call that is over"
+    ]
+
+
+def _request_now(state: State, key: int, now: float) -> list[str]:
+    client = state.clients.get(key >> 40)
+    call: Request | Gather | None = client.calls.get(key) if client is not None else None
+    if call is None:
+        return ["it is over, or was never accepted: of an ordinary call that is over nothing is kept"]
+    head = f"{show_request(key)} calls {call.endpoint.full_name}, accepted {now - call.queued_at:.3f} s ago"
+    if isinstance(call, Gather):
+        return [head, f"a fan-out; {len(call.children)} replicas have not answered yet: {sorted(call.children)}"]
+    if isinstance(call.holder, Queue):
+        return [head, f"waits in {call.holder.name}, {call.holder.length} long"]
+    if call.holder is not None:
+        return [head, f"runs on {call.holder.name} for {now - call.started_at:.3f} s, attempt {call.attempt}"]
+    return [head]
+
+
+def _replica_now(replica: Replica) -> list[str]:
+    lines = [
+        f"{replica!r}, epoch {replica.epoch}, {replica.restarts} restarts, {replica.sessions} sessions, {replica.parked!r}"
+    ]
+    lines += [f"rank {rank}: {worker!r}" for rank, worker in enumerate(replica.ranks) if worker is not None]
+    if replica.pending_why:
+        lines.append(f"pending, because it {replica.pending_why}")
+    if replica.last_error:
+        lines.append(f"last error: {replica.last_error}")
+    return lines

@@ -1,0 +1,142 @@
+"""A worker as the broker sees it: one process that may hold one rank, its life as a table, and the calls on their way to it."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Final
+
+from forge_broker.core.links import Link
+from forge_broker.core.requests import Request
+from forge_contract.messages import DISPATCH, DROP, column
+
+
+class WorkerState(enum.Enum):
+    STARTING = "STARTING"  # launched, no hello yet: it is a `Launch` in `state` until then
+    IDLE = "IDLE"
+    LOADING = "LOADING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    GONE = "GONE"
+    LOST = "LOST"  # silent on another host: fenced until it is heard from
+
+
+class WorkerMove(enum.Enum):
+    HELLO = "says hello"
+    ASSIGN = "becomes a rank"
+    READY = "has run setup"
+    STOP = "is told to stop"
+    SILENT = "is silent for too long"
+    END = "has ended"
+
+
+MOVES: Final[dict[WorkerState, dict[WorkerMove, WorkerState]]] = {
+    WorkerState.STARTING: {WorkerMove.HELLO: WorkerState.IDLE, WorkerMove.END: WorkerState.GONE},
+    WorkerState.IDLE: {
+        WorkerMove.ASSIGN: WorkerState.LOADING,
+        WorkerMove.STOP: WorkerState.DRAINING,
+        WorkerMove.SILENT: WorkerState.LOST,
+        WorkerMove.END: WorkerState.GONE,
+    },
+    WorkerState.LOADING: {
+        WorkerMove.READY: WorkerState.READY,
+        WorkerMove.STOP: WorkerState.DRAINING,
+        WorkerMove.SILENT: WorkerState.LOST,
+        WorkerMove.END: WorkerState.GONE,
+    },
+    WorkerState.READY: {
+        WorkerMove.STOP: WorkerState.DRAINING,
+        WorkerMove.SILENT: WorkerState.LOST,
+        WorkerMove.END: WorkerState.GONE,
+    },
+    WorkerState.DRAINING: {
+        WorkerMove.READY: WorkerState.DRAINING,  # setup ended after the STOP was sent
+        WorkerMove.STOP: WorkerState.DRAINING,
+        WorkerMove.SILENT: WorkerState.LOST,
+        WorkerMove.END: WorkerState.GONE,
+    },
+    WorkerState.LOST: {WorkerMove.HELLO: WorkerState.IDLE, WorkerMove.END: WorkerState.GONE},
+    WorkerState.GONE: {},
+}
+
+_TIMEOUT, _SESSION, _CLIENT = 1, 2, 4  # which columns a DISPATCH has
+
+
+class Worker(Link):
+    role = "worker"
+
+    __slots__ = ("_flags", "_group", "gpus", "host", "launch", "rank", "replica", "state")
+
+    def __init__(self, *link: Any) -> None:
+        super().__init__(*link)
+        self.host: str = self.hello["host"]
+        self.gpus: tuple[str, ...] = tuple(self.hello["gpus"])
+        self.launch: int = self.hello["launch"]
+        self.state = WorkerState.STARTING
+        self.replica: Any = None  # replicas.Replica
+        self.rank = 0
+        self._group: list[Any] | None = None  # the DISPATCH message still open in the outbox
+        self._flags = 0  # the columns it has
+
+    def __repr__(self) -> str:
+        doing = f" {self.replica.name}.{self.rank}" if self.replica is not None else ""
+        return f"<Worker {self.name} {self.state.value}{doing}>"
+
+    def move(self, move: WorkerMove) -> None:
+        after = MOVES[self.state].get(move)
+        if after is None:
+            raise RuntimeError(f"{self!r} cannot take the move {move.value!r}")
+        self.state = after
+
+    def add_dispatch(self, request: Request, endpoint: Any, now: float) -> None:
+        """Append to the open column group; a new one when method, trust or the set of columns differ."""
+        flags = _CLIENT if endpoint.ordered else 0
+        deadline = request.deadline
+        session = request.session
+        if deadline is not None:
+            flags |= _TIMEOUT
+        if session is not None:
+            flags |= _SESSION
+        group = self._group
+        if group is None or group[2] != endpoint.method or group[3] is not request.trusted or self._flags != flags:
+            group = self._open_group(request, endpoint, flags)
+        group[4].append(request.id)
+        group[5].append(request.attempt)
+        group[6].append(self.outbox.attach(request.payload))
+        if deadline is not None:
+            group[7]["timeout"].append(deadline - now)
+        if session is not None:
+            group[7]["session"].append(session)
+
+    def _open_group(self, request: Request, endpoint: Any, flags: int) -> list[Any]:
+        self._close_group()
+        columns: dict[str, Any] = {}
+        if flags & _TIMEOUT:
+            columns["timeout"] = []
+        if flags & _SESSION:
+            columns["session"] = []
+        if flags & _CLIENT:
+            columns["client"] = True
+        group = self._group = [DISPATCH, self.replica.epoch, endpoint.method, request.trusted, [], [], [], columns]
+        self._flags = flags
+        self.outbox.body.append(group)
+        return group
+
+    def add_drop(self, request: int) -> None:
+        """Cancel this one; many in a row share a message."""
+        body = self.outbox.body
+        if self._group is None and body and body[-1][0] == DROP:
+            body[-1][1].append(request)
+        else:
+            self.post([DROP, [request]])
+
+    def post(self, message: list[Any]) -> None:
+        self._close_group()
+        super().post(message)
+
+    def before_sealing(self) -> None:
+        self._close_group()
+
+    def _close_group(self) -> None:
+        if self._group is not None:
+            self._group[5] = column(self._group[5])
+            self._group = None

@@ -1,0 +1,1 @@
+"""How a worker process is made and ended, one file per backend."""

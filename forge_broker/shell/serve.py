@@ -1,0 +1,275 @@
+"""The broker's process: the only place with sockets, a clock, a loop and signals. It turns frames, dead processes and signals into events
+for the core, carries out the core's actions, and sleeps until the next deadline.
+
+One turn: drain every socket (bounded), reap, tick, then send one envelope to each peer that has something. A plain loop over
+zmq's poller: `zmq.asyncio` costs several times more per message (measured before the first line of this project).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import secrets
+import signal
+import socket as sockets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+
+from forge_broker.core.actions import Action, Deliver, Exit, Kill, KillPeer, Launch, Note, Send, Watch
+from forge_broker.core.broker import Broker
+from forge_broker.core.events import Event, ProcessGone, Received, Route, Terminate, Unroutable, Watched
+from forge_broker.scalers.local import LocalScaler
+from forge_broker.shell.addresses import Bound, bind_all, make_private, release
+from forge_broker.shell.log import Log
+from forge_broker.shell.processes import Watches, host_id
+from forge_contract.addresses import is_loopback
+from forge_contract.config import BrokerConfig
+from forge_contract.errors import ConfigError
+
+# Plain ints: pyzmq's flag enums cost more than the call they are passed to.
+_NOBLOCK = int(zmq.NOBLOCK)
+_SNDMORE = int(zmq.SNDMORE)
+_POLLIN = int(zmq.POLLIN)
+
+DRAIN_AT_MOST: Final = 512  # envelopes of one socket per turn, so that none starves deadlines and the other sockets
+UNCOPIED_FROM: Final = 65_536  # bytes; below, copying into libzmq is cheaper than its bookkeeping for ours
+LAST_WORDS_MS: Final = 500  # for what is still in the pipes when we exit
+
+
+class Server:
+    """`run` returns the exit code. `ready` is called with the bound addresses once peers may connect."""
+
+    def __init__(self, config: BrokerConfig, *, owner: int | None = None, log_level: str = "info") -> None:
+        self._config = config
+        self._log = Log(log_level)
+        self._owner = owner  # a descriptor that ends with whoever owns us
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, 4096)
+        self._poller = zmq.Poller()
+        self._watches = Watches()
+        self._waiting: dict[str, None] = {}  # peers with something in their outbox, in order
+        self._signals = 0
+        self._done = False
+        self._bound: list[Bound] = []
+        self._scaler: LocalScaler | None = None
+        self._broker: Broker | None = None
+
+    def run(self, ready: Callable[[list[str]], None]) -> int:
+        wake_in, wake_out = sockets.socketpair()
+        wake_in.setblocking(False)
+        wake_out.setblocking(False)
+        signal.set_wakeup_fd(wake_out.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, self._on_signal)
+        try:
+            self._start()
+            ready([one.address for one in self._bound])
+            self._loop(wake_in)
+        finally:
+            self._stop()
+            signal.set_wakeup_fd(-1)
+            wake_in.close()
+            wake_out.close()
+        return 0
+
+    def _start(self) -> None:
+        config = self._config
+        log_dir = None
+        if not config.embedded and config.log_dir is not None:
+            log_dir = Path(config.log_dir)
+            make_private(log_dir)
+        self._bound = bind_all(self._context, config)
+        for one in self._bound:
+            self._poller.register(one.socket, _POLLIN)
+            trust = "trusted" if one.trusted else "not trusted"
+            self._log.write(Note("info", "listening", {"address": one.address, "trust": trust}))
+            if not is_loopback(one.address):
+                self._log.write(Note("warning", "reachable from other machines, unencrypted", {"address": one.address}))
+        # Workers we launch come in by the most trusted of our addresses.
+        home = max(self._bound, key=lambda one: one.trusted)
+        self._scaler = LocalScaler(home.address, os.environ, log_dir)
+        self._broker = Broker(
+            config,
+            incarnation=secrets.randbits(63),
+            host=host_id(),
+            trusted=[one.trusted for one in self._bound],
+            random=random.Random(secrets.randbits(64)),
+            unpickle=_unpickle,
+            now=time.monotonic(),
+        )
+        # What exists now lives as long as we do; a collection every 700 allocations would look at it for every few calls.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if number != signal.SIGCHLD:
+            self._signals += 1
+
+    def _loop(self, wake: sockets.socket) -> None:
+        assert self._broker is not None
+        assert self._scaler is not None
+        broker, poller = self._broker, self._poller
+        self._poller.register(wake.fileno(), _POLLIN)
+        if self._owner is not None:
+            self._poller.register(self._owner, _POLLIN)
+        routers = [(at, one.socket) for at, one in enumerate(self._bound)]
+        seen_signals = 0
+        more = False
+        while not self._done:
+            deadline = broker.next_deadline()
+            timeout_ms: float | None = None
+            if more:
+                timeout_ms = 0
+            elif deadline is not None:
+                timeout_ms = max(0.0, deadline - time.monotonic()) * 1000.0
+            # Rounded up: a poll that ends early would spin until the deadline.
+            readable = dict(poller.poll(None if timeout_ms is None else int(timeout_ms) + (timeout_ms > 0)))
+            now = time.monotonic()
+            more = False
+            for at, router in routers:
+                if router in readable:
+                    more |= self._drain(at, router, now)
+                    del readable[router]
+            for descriptor in readable:
+                self._other(descriptor, wake, now)
+            if self._signals > seen_signals:
+                seen_signals = self._signals
+                if seen_signals > 1:
+                    self._log.write(Note("warning", "ending now", {"why": "a second signal"}))
+                    break
+                self._event(Terminate("a signal"), now)
+            self._carry_out(broker.tick(now), now)
+            self._send_waiting(now)
+            if broker.state.terminating:
+                self._check_owner_gone(now)
+
+    def _check_owner_gone(self, now: float) -> None:
+        """While ending, everything that becomes free may have been the last."""
+        assert self._broker is not None
+        self._broker.lifecycle.check_finished()
+
+    def _other(self, descriptor: Any, wake: sockets.socket, now: float) -> None:
+        """A descriptor that is no ROUTER: a signal, the owner's end, a process that ended."""
+        assert self._scaler is not None
+        if descriptor == wake.fileno():
+            wake.recv(4096)
+            for ended in self._scaler.reap():
+                self._event(ended, now)
+        elif descriptor == self._owner:
+            if not os.read(descriptor, 4096):
+                self._poller.unregister(descriptor)
+                self._event(Terminate("its owner is gone"), now)
+        elif descriptor in self._watches:
+            self._poller.unregister(descriptor)
+            self._event(ProcessGone(self._watches.ended(descriptor)), now)
+
+    def _drain(self, at: int, router: zmq.Socket[bytes], now: float) -> bool:
+        """Hand every waiting envelope to the core; True when there may be more (W8)."""
+        assert self._broker is not None
+        handle = self._broker.handle
+        for _ in range(DRAIN_AT_MOST):
+            try:
+                parts = router.recv_multipart(_NOBLOCK, copy=False)
+            except zmq.Again:
+                return False
+            frames: list[Any] = [part.bytes for part in parts[1:3]] + parts[3:]
+            self._carry_out(handle(Received((at, parts[0].bytes), frames), now), now)
+        return True
+
+    def _event(self, event: Event, now: float) -> None:
+        assert self._broker is not None
+        self._carry_out(self._broker.handle(event, now), now)
+
+    def _carry_out(self, actions: list[Action], now: float) -> None:
+        assert self._scaler is not None
+        for action in actions:
+            kind = type(action)
+            if kind is Deliver:
+                self._waiting[action.name] = None  # type: ignore[union-attr]
+            elif isinstance(action, Send):
+                self._send(action.route, action.frames)
+            elif isinstance(action, Note):
+                self._log.write(action)
+            elif isinstance(action, Watch):
+                self._watch(action, now)
+            elif isinstance(action, Launch):
+                failed = self._scaler.launch(action)
+                if failed is not None:
+                    self._event(failed, now)
+            elif isinstance(action, Kill):
+                self._scaler.kill(action.launch)
+            elif isinstance(action, KillPeer):
+                self._kill_peer(action.name)
+            elif isinstance(action, Exit):
+                self._done = True
+
+    def _watch(self, watch: Watch, now: float) -> None:
+        descriptor = self._watches.open(watch)
+        if descriptor is not None:
+            self._poller.register(descriptor, _POLLIN)
+            self._event(Watched(watch.name), now)
+
+    def _kill_peer(self, name: str) -> None:
+        descriptor = self._watches.descriptor_of(name)
+        if descriptor is not None:
+            # Through the pidfd: the pid may be somebody else's by now.
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+
+    def _send_waiting(self, now: float) -> None:
+        """One envelope for each peer that has something (W1)."""
+        assert self._broker is not None
+        while self._waiting:
+            waiting, self._waiting = self._waiting, {}
+            for name in waiting:
+                send = self._broker.pack(name, now)
+                if send is not None:
+                    self._send(send.route, send.frames)
+
+    def _send(self, route: Route, frames: list[Any]) -> None:
+        router = self._bound[route[0]].socket
+        try:
+            router.send(route[1], _SNDMORE | _NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            # Nothing was sent: the envelope is kept by its link and goes again when the peer is back.
+            self._event(Unroutable(route), time.monotonic())
+            return
+        last = len(frames) - 1
+        for at, frame in enumerate(frames):
+            flags = _NOBLOCK if at == last else _SNDMORE | _NOBLOCK
+            router.send(frame, flags, copy=len(frame) < UNCOPIED_FROM)
+
+    def _stop(self) -> None:
+        if self._scaler is not None:
+            self._scaler.kill_all()
+            self._scaler.close()
+        self._watches.close()
+        for one in self._bound:
+            release(one, linger_ms=LAST_WORDS_MS, directory_too=self._config.embedded)
+        self._context.term()
+
+
+def _unpickle(code: bytes) -> Any:
+    """A custom router. Only the core asks for this, and only for what came in by a trusted address (R4)."""
+    import cloudpickle
+
+    return cloudpickle.loads(code)
+
+
+def serve(
+    config: BrokerConfig, ready: Callable[[list[str]], None], *, owner: int | None = None, log_level: str = "info"
+) -> int:
+    """Run a broker until it is told to end; returns the exit code. Raises ConfigError or AddressInUse before it serves."""
+    if not config.bind:
+        raise ConfigError(where="bind", message="no address to listen on")
+    if sys.platform not in ("linux", "darwin"):
+        raise ConfigError(where="broker", message=f"{sys.platform} is not supported; Linux and macOS are")
+    return Server(config, owner=owner, log_level=log_level).run(ready)

@@ -1,0 +1,57 @@
+"""Where a broker is looked for, and which addresses are beyond this machine. Pure: the environment comes as a mapping;
+whether a directory is private is for the shell that is about to use it to check."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+
+from forge_contract.errors import ConfigError
+
+
+def private_directory(environ: Mapping[str, str], uid: int) -> PurePosixPath:
+    """The user's own directory for sockets and logs: mode 0700, under XDG_RUNTIME_DIR, or /tmp where there is none."""
+    runtime = environ.get("XDG_RUNTIME_DIR")
+    return PurePosixPath(runtime) / "forge" if runtime else PurePosixPath(f"/tmp/forge-{uid}")  # noqa: S108  # made 0700 and checked before it is trusted
+
+
+def default_address(environ: Mapping[str, str], uid: int) -> str:
+    """The user's own broker: FORGE_BROKER if set, else the socket in the private directory."""
+    return environ.get("FORGE_BROKER") or f"ipc://{private_directory(environ, uid)}/broker.sock"
+
+
+def ipc_path(address: str) -> PurePosixPath | None:
+    """The path of an ipc address, None for others."""
+    return PurePosixPath(address.removeprefix("ipc://")) if address.startswith("ipc://") else None
+
+
+def check_address(address: str, field: str = "address") -> None:
+    """Raises ConfigError when this is no address of ours."""
+    if address.startswith("ipc://") and len(address) > len("ipc://"):
+        # sun_path is 108 bytes; a longer one fails inside libzmq with a message about nothing in particular.
+        if len(address) - len("ipc://") > 107:
+            raise ConfigError(where=field, message=f"{address!r} is over 107 bytes long, the limit of a socket's path")
+        return
+    host, colon, port = address.removeprefix("tcp://").rpartition(":")
+    if (
+        address.startswith("tcp://")
+        and colon
+        and host
+        and (port == "*" or (port.isdecimal() and port.isascii() and int(port[:6]) < 65536))
+    ):
+        return
+    raise ConfigError(where=field, message=f"{address!r} is neither tcp://host:port nor ipc:///path")
+
+
+def is_loopback(address: str) -> bool:
+    """True when a bind of this address cannot be reached from another machine."""
+    if address.startswith("ipc://"):
+        return True
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name or an interface: who can tell

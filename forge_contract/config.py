@@ -1,0 +1,388 @@
+"""Configuration as frozen values: judged whole when made, every problem reported in one ConfigError.
+
+`ServiceConfig` and `AutoscalingConfig` are what users write, with the names of the specification; `EndpointOptions` is what the
+decorators take; `BrokerConfig` is what a broker is started with. Nothing here reads a file or the environment: the
+programs do that and hand us values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Hashable, Mapping
+from dataclasses import InitVar, dataclass
+from functools import cache
+from typing import Any, Self
+
+from forge_contract.addresses import check_address
+from forge_contract.errors import ConfigError, did_you_mean
+from forge_contract.routing import make_router
+
+DELIVERIES = ("at_least_once", "at_most_once")
+
+
+class _Problems(list[str]):
+    """Gathers what is wrong with a configuration, so that it can be told in one go."""
+
+    def types(self, config: Any) -> None:
+        """Every field has its declared type. One that has not is set to its default after it was noted: later checks compare
+        numbers and must not meet strings, and since there is a problem now, the object never escapes `tell`."""
+        types_of_fields = _field_types(config.__class__)
+        for one in dataclasses.fields(config):
+            wanted = types_of_fields[one.name]
+            value = getattr(config, one.name)
+            if wanted and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+                names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in wanted)
+                self.append(f"{one.name} must be {names}, not {value!r} ({type(value).__name__})")
+                object.__setattr__(config, one.name, one.default)
+
+    def need(self, holds: bool, problem: str) -> None:
+        if not holds:
+            self.append(problem)
+
+    def at_least(self, config: Any, least: float, *names: str) -> None:
+        for name in names:
+            value = getattr(config, name)
+            # `not >=` so that nan is a problem too
+            self.need(value is None or value >= least, f"{name} must be at least {least}, not {value!r}")
+
+    def at_most(self, config: Any, most: int, *names: str) -> None:
+        for name in names:
+            value = getattr(config, name)
+            self.need(value is None or value <= most, f"{name} must be at most {most}, not {value!r}")
+
+    def positive(self, config: Any, *names: str) -> None:
+        for name in names:
+            value = getattr(config, name)
+            self.need(value is None or value > 0, f"{name} must be above 0, not {value!r}")
+
+    def tell(self, where: str) -> None:
+        if self:
+            raise ConfigError(where=where, problems=list(self))
+
+
+@cache
+def _field_types(cls: Hashable) -> dict[str, tuple[type, ...]]:
+    """Each field's accepted types; empty where anything goes. An int is welcome where a float is."""
+    assert isinstance(cls, type)  # Hashable is what `cache` asks for
+    hints = typing.get_type_hints(cls)
+    found: dict[str, tuple[type, ...]] = {}
+    for one in dataclasses.fields(cls):
+        hint = hints[one.name]
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        plain: list[type] = []
+        for option in options:
+            kind = typing.get_origin(option) or option
+            if not isinstance(kind, type):
+                plain = []
+                break
+            plain.append(kind)
+        if float in plain:
+            plain.append(int)
+        found[one.name] = () if object in plain else tuple(plain)
+    return found
+
+
+def _refuse_unknown(where: str, known: frozenset[str], given: Mapping[str, Any]) -> None:
+    # A peer's map may have anything for a key.
+    problems = [f"unknown option {name!r}{did_you_mean(str(name), known, '; ')}" for name in given if name not in known]
+    if problems:
+        raise ConfigError(where=where, problems=[*problems, "the known ones are " + ", ".join(sorted(known))])
+
+
+def field_names(cls: type) -> frozenset[str]:
+    return frozenset(one.name for one in dataclasses.fields(cls))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoscalingConfig:
+    """When to add and remove replicas. Defaults and names are the specification's; the policy acts on it in `scaling`."""
+
+    scale_up_queue_depth_threshold: float = 5.0  # calls waiting per healthy replica
+    scale_up_capacity_threshold: float = 0.8  # 0.0 … 1.0 of all room in use
+    scale_up_request_rate_threshold: float = 10.0  # calls/s per healthy replica, counted only while something waits
+
+    scale_down_capacity_threshold: float = 0.3
+    scale_down_queue_depth_threshold: float = 1.0
+    scale_down_idle_time_threshold: float = 300.0  # seconds below both thresholds
+
+    min_time_between_scale_events: float = 60.0  # seconds
+    scale_up_cooldown: float = 30.0  # seconds
+    scale_down_cooldown: float = 120.0  # seconds
+
+    scale_up_step_size: int = 1  # replicas
+    scale_down_step_size: int = 1  # replicas
+
+    max_queue_depth_emergency: float = 20.0  # calls waiting per healthy replica: ignores the cooldowns
+    min_healthy_replicas_ratio: float = 0.5  # 0.0 … 1.0; no scale-down below it
+
+    def __post_init__(self) -> None:
+        problems = _Problems()
+        problems.types(self)
+        problems.at_least(self, 1, "scale_up_step_size", "scale_down_step_size")
+        problems.at_least(
+            self,
+            0.0,
+            *(name for name in field_names(type(self)) if not name.endswith("_size")),
+        )
+        for name in ("scale_up_capacity_threshold", "scale_down_capacity_threshold", "min_healthy_replicas_ratio"):
+            problems.need(getattr(self, name) <= 1.0, f"{name} is a share, at most 1.0, not {getattr(self, name)!r}")
+        for what in ("capacity", "queue_depth"):
+            up, down = getattr(self, f"scale_up_{what}_threshold"), getattr(self, f"scale_down_{what}_threshold")
+            problems.need(
+                down < up,
+                f"scale_down_{what}_threshold={down!r} must be below scale_up_{what}_threshold={up!r}, "
+                "or replicas would be added and removed in turn",
+            )
+        problems.need(
+            self.max_queue_depth_emergency >= self.scale_up_queue_depth_threshold,
+            "max_queue_depth_emergency must not be below scale_up_queue_depth_threshold",
+        )
+        problems.tell("AutoscalingConfig")
+
+    def to_wire(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """How a service (or an actor) is placed and run. Given to `Service`, or field by field to `options()`."""
+
+    # Shape
+    procs: int = 1  # ranks per replica (per host when `hosts` is given)
+    hosts: int | None = None  # distinct hosts a replica spreads over; None: wherever there is room
+    with_gpus: bool = False  # one GPU per rank unless gpus_per_replica says otherwise
+    gpus_per_replica: int | None = None  # a multiple of the ranks of a replica
+    num_replicas: int | None = None  # at the start; `default_replicas` is another name for it; None: min_replicas or 1
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    mesh_name: str | None = None  # how the service is called in names and logs; None: its class
+
+    # Calls
+    replica_max_concurrent_requests: int = 10
+    mesh_concurrency: int = 1  # calls at once on a replica of several ranks: collectives of two calls must not cross
+    return_first_rank_result: bool = True  # rank 0's value instead of a ValueMesh over all ranks
+    errors: str = "raise"  # "return": an endpoint's exception comes back as the value
+    delivery: str | None = None  # "at_least_once" (services), "at_most_once" (actors) when None
+    max_queued_requests: int = 100_000  # waiting per endpoint; past it `Overloaded`
+    no_replica_grace_s: float = 60.0  # how long a call waits while no replica is healthy
+
+    # Lives
+    name: str | None = None  # a service deployed by name can be found by `get_service(name)`
+    detached: bool = False  # outlives the client that started it
+    health_poll_rate: float = 0.2  # seconds between calls of `health()`
+    start_timeout_s: float = 600.0  # for one start of a replica, from the decision to HEALTHY
+    stop_grace_s: float = 5.0  # for running calls, when a replica is stopped
+    restart_backoff_s: float = 0.5  # before the second restart in a row; doubles, with jitter
+    restart_backoff_at_most_s: float = 30.0
+
+    # Sessions
+    session_ttl_s: float | None = None  # a session unused for so long ends; None: only with its client
+
+    autoscaling: AutoscalingConfig | None = None
+    default_replicas: InitVar[int | None] = None
+
+    def __post_init__(self, default_replicas: int | None) -> None:
+        problems = _Problems()
+        # A dataclass default of an InitVar stays behind as a class attribute, which `replace` would hand back to us.
+        if default_replicas is not None:
+            if isinstance(default_replicas, bool) or not isinstance(default_replicas, int):
+                problems.append(f"default_replicas must be int, not {default_replicas!r}")
+            elif self.num_replicas not in (None, default_replicas):
+                problems.append(
+                    f"num_replicas={self.num_replicas!r} and default_replicas={default_replicas!r} are the same "
+                    "setting; give one"
+                )
+            else:
+                object.__setattr__(self, "num_replicas", default_replicas)
+        problems.types(self)
+        self._judge(problems)
+        problems.tell("ServiceConfig")
+
+    def _judge(self, problems: _Problems) -> None:
+        problems.at_least(
+            self, 1, "procs", "hosts", "replica_max_concurrent_requests", "mesh_concurrency", "max_replicas"
+        )
+        problems.at_least(self, 1, "max_queued_requests")
+        # Far beyond what anybody runs: a client's slip must not have the broker make a billion of something.
+        problems.at_most(self, 4096, "procs", "hosts", "num_replicas", "min_replicas", "max_replicas")
+        problems.at_most(self, 1_000_000, "replica_max_concurrent_requests", "mesh_concurrency")
+        problems.at_least(
+            self, 0, "num_replicas", "min_replicas", "gpus_per_replica", "no_replica_grace_s", "stop_grace_s"
+        )
+        problems.at_least(self, 0, "restart_backoff_s", "restart_backoff_at_most_s")
+        problems.positive(self, "health_poll_rate", "session_ttl_s", "start_timeout_s")
+        least, most = self.min_replicas, self.max_replicas
+        problems.need(
+            least is None or most is None or least <= most, f"min_replicas={least} is above max_replicas={most}"
+        )
+        initial = self.initial_replicas
+        problems.need(least is None or initial >= least, f"num_replicas={initial} is below min_replicas={least}")
+        problems.need(
+            most is None or initial <= most or self.num_replicas is None,
+            f"num_replicas={initial} is above max_replicas={most}",
+        )
+        problems.need(
+            initial > 0 or self.autoscaling is not None,
+            "num_replicas=0 without autoscaling would never serve a call",
+        )
+        problems.need(self.errors in ("raise", "return"), f"errors must be 'raise' or 'return', not {self.errors!r}")
+        problems.need(
+            self.delivery in (None, *DELIVERIES),
+            f"delivery must be one of {', '.join(DELIVERIES)}, not {self.delivery!r}",
+        )
+        problems.need(
+            not self.gpus_per_replica or self.gpus_per_replica % max(self.world, 1) == 0,
+            f"gpus_per_replica={self.gpus_per_replica} cannot be shared evenly by {self.world} ranks",
+        )
+        for name in ("name", "mesh_name"):
+            value = getattr(self, name)
+            problems.need(
+                value is None
+                or (0 < len(value) <= 64 and all(letter.isalnum() or letter in "-_." for letter in value)),
+                f"{name} must be 1 to 64 letters, digits, '-', '_' or '.', not {value!r}",
+            )
+
+    @property
+    def initial_replicas(self) -> int:
+        if self.num_replicas is not None:
+            return self.num_replicas
+        return 1 if self.min_replicas is None else self.min_replicas
+
+    @property
+    def world(self) -> int:
+        """Ranks of one replica."""
+        return self.procs * (self.hosts or 1)
+
+    @property
+    def gpus_per_rank(self) -> int:
+        if self.gpus_per_replica is not None:
+            return self.gpus_per_replica // self.world
+        return 1 if self.with_gpus else 0
+
+    @property
+    def concurrency(self) -> int:
+        """Calls a replica runs at once."""
+        return self.replica_max_concurrent_requests if self.world == 1 else self.mesh_concurrency
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The dimensions of a replica's ranks, row-major."""
+        return {"procs": self.procs} if self.hosts is None else {"hosts": self.hosts, "procs": self.procs}
+
+    def replace(self, **options: Any) -> Self:
+        """A copy with these options; what is not given is kept (A2). An unknown one fails, listing the known ones."""
+        _refuse_unknown("options()", self.known_options(), options)
+        if "default_replicas" in options and "num_replicas" not in options:
+            options["num_replicas"] = options.pop("default_replicas")
+        return dataclasses.replace(self, default_replicas=options.pop("default_replicas", None), **options)
+
+    @classmethod
+    def known_options(cls) -> frozenset[str]:
+        return field_names(cls) | {"default_replicas"}
+
+    def to_wire(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_wire(cls, fields: Any) -> Self:
+        """Raises ConfigError for what is no such configuration. Unknown fields are a newer peer's: refused by name."""
+        if not isinstance(fields, dict):
+            raise ConfigError(where="ServiceConfig", message=f"a map was expected, not {type(fields).__name__}")
+        _refuse_unknown("ServiceConfig", cls.known_options(), fields)
+        autoscaling = fields.get("autoscaling")
+        if isinstance(autoscaling, dict):
+            _refuse_unknown("AutoscalingConfig", field_names(AutoscalingConfig), autoscaling)
+            fields = {**fields, "autoscaling": AutoscalingConfig(**autoscaling)}
+        return cls(**fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointOptions:
+    """What `@endpoint` and `@service_endpoint` take. Made once per endpoint, at decoration."""
+
+    router: object = None  # instance, class or factory of a Router; None: round-robin
+    batch_size: int = 1  # items per batch; 1: no batching
+    batch_timeout: float = 0.01  # seconds after the first item
+    batch_mode: str = "route"  # "call": the method takes lists
+    threads: int = 1  # for a plain `def`: how many calls at once off the loop
+    delivery: str | None = None  # None: the service's
+    timeout: float | None = None  # seconds; a call's own `options(timeout=)` wins
+
+    def __post_init__(self) -> None:
+        problems = _Problems()
+        problems.types(self)
+        problems.at_least(self, 1, "batch_size", "threads")
+        problems.at_least(self, 0, "batch_timeout")
+        problems.positive(self, "timeout")
+        problems.need(
+            self.batch_mode in ("route", "call"), f"batch_mode must be 'route' or 'call', not {self.batch_mode!r}"
+        )
+        problems.need(
+            self.delivery in (None, *DELIVERIES),
+            f"delivery must be one of {', '.join(DELIVERIES)}, not {self.delivery!r}",
+        )
+        if self.router is not None:
+            try:
+                make_router(self.router)
+            except ConfigError as error:
+                problems.extend(error.fields.get("problems") or [f"router: {error.fields['message']}"])
+        problems.tell("endpoint")
+
+    @classmethod
+    def checked(cls, where: str, options: Mapping[str, Any]) -> Self:
+        _refuse_unknown(where, field_names(cls), options)
+        return cls(**options)
+
+    def to_wire(self) -> dict[str, Any]:
+        """All but the router, which travels beside this."""
+        return {name: getattr(self, name) for name in sorted(field_names(type(self)) - {"router"})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerConfig:
+    """What a broker is started with. Times in seconds, sizes in bytes."""
+
+    bind: tuple[str, ...] = ()  # addresses; empty: the user's own private ipc address
+    insecure: bool = False  # allow binds beyond loopback, although nothing is encrypted
+    log_dir: str | None = None  # workers' output; None: `logs` in the private directory
+    max_workers: int = 64  # processes the local scaler may run at once
+    gpus: tuple[str, ...] = ()  # GPU slots of this machine, as CUDA_VISIBLE_DEVICES names them
+    embedded: bool = False  # started by a client: ends with it, and shows its workers' output
+
+    heartbeat_s: float = 0.5
+    liveness: int = 10  # heartbeats missed before a silent peer of another host is dead
+    orphan_grace_s: float = 10.0  # how long workers wait for a broker that vanished
+
+    max_payload_bytes: int = 1 << 30  # arguments of one call, or one result
+    max_message_bytes: int = 2 << 30  # one frame; libzmq drops the connection of who sends more
+    link_bytes: int = 1 << 30  # unacknowledged, per peer and direction
+    max_queue_bytes: int = 4 << 30  # arguments of all queued calls
+
+    story_entries: int = 10_000  # remembered for `forge explain`
+
+    def __post_init__(self) -> None:
+        problems = _Problems()
+        problems.types(self)
+        problems.positive(self, "heartbeat_s", "orphan_grace_s")
+        problems.at_least(self, 1, "liveness", "story_entries", "max_payload_bytes", "link_bytes", "max_queue_bytes")
+        problems.at_least(self, 0, "max_workers")
+        problems.need(self.max_message_bytes >= self.max_payload_bytes, "max_message_bytes must hold max_payload_bytes")
+        for name in ("bind", "gpus"):
+            if not all(isinstance(one, str) for one in getattr(self, name)):
+                problems.append(f"{name} must be str each, not {getattr(self, name)!r}")
+                object.__setattr__(self, name, ())
+        for address in self.bind:
+            try:
+                check_address(address, "bind")
+            except ConfigError as error:
+                problems.append(str(error))
+        repeated = {gpu for gpu in self.gpus if self.gpus.count(gpu) > 1}
+        problems.need(not repeated, f"gpus names {', '.join(sorted(repeated))} more than once")
+        problems.tell("broker")
+
+    @classmethod
+    def checked(cls, options: Mapping[str, Any]) -> Self:
+        _refuse_unknown("broker", field_names(cls), options)
+        return cls(**options)

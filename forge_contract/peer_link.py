@@ -1,0 +1,197 @@
+"""The peer's half of a link: hello, welcome, *who are you*, and a channel in between (PROTOCOL.md §4, §5). No I/O.
+
+`forge_client.link` and `forge_worker.link` build their conversations on it; their shells move frames between it and a socket:
+
+    for frames in socket: link.receive(frames, now)      # app messages go to `on_envelope`
+    for frames in link.flush(now): socket.send(frames)   # once per turn of the loop
+    sleep until link.next_deadline()
+
+What is put into `outbox` waits for the welcome. A new epoch (the broker does not know us, or is another one) empties
+the outbox and the channel: what it means for what was under way is for `on_lost` to say.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Final
+
+from forge_contract.channel import Channel, Due, Verdict
+from forge_contract.errors import ForgeError, ProtocolError, VersionMismatch, from_wire
+from forge_contract.framing import Envelope, Frame, Outbox, decode, encode, weigh
+from forge_contract.messages import BROKER_NAME, BYE, HELLO, PROBE, REFUSE, WELCOME, WHO
+
+HELLO_AGAIN_S: Final = 1.0
+
+
+class LinkState(enum.Enum):
+    GREETING = "greeting"
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class PeerLink:
+    """Subclass it, give `hello_fields`, and override the `on_…` methods."""
+
+    def __init__(self, name: str, now: float) -> None:
+        self.name = name
+        self.state = LinkState.GREETING
+        self.incarnation = 0
+        self.outbox = Outbox()
+        self.channel = Channel()
+        self.refused_envelopes = 0  # of another epoch or incarnation, or no envelopes at all
+        self._hello_due = now
+        self._ready: list[list[Frame]] = []  # to be sent again, before anything new
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name} {self.state.value} {self.channel!r}>"
+
+    # What a subclass says.
+
+    def hello_fields(self) -> dict[str, Any]:
+        """The fields of HELLO, with what is held (`holds`, `declares`)."""
+        raise NotImplementedError
+
+    def on_welcome(self, fields: dict[str, Any], now: float) -> None:
+        """The link is open. Comes once per epoch."""
+
+    def on_lost(self, now: float) -> None:
+        """The broker we were welcomed by no longer knows us, or is gone: nothing under way will be answered by it."""
+
+    def on_refused(self, error: ForgeError, now: float) -> None:
+        """The broker will not have us; the link is closed."""
+
+    def on_envelope(self, envelope: Envelope, now: float) -> None:
+        """An envelope in order, exactly once."""
+
+    # What the shell calls.
+
+    def receive(self, frames: list[Frame], now: float) -> None:
+        """Take one envelope from the socket. Nonsense is dropped and counted: the transport has other ways to hurt us."""
+        try:
+            envelope = decode(frames)
+        except VersionMismatch as error:
+            self.refused_envelopes += 1
+            if self.state is LinkState.GREETING:
+                # A refusal comes in the refuser's version (PROTOCOL.md §5): unread, it still says all there is to say.
+                self.state = LinkState.CLOSED
+                self.on_refused(error, now)
+            return
+        except ProtocolError:
+            self.refused_envelopes += 1
+            return
+        if envelope.sender != BROKER_NAME or self.state is LinkState.CLOSED:
+            self.refused_envelopes += 1
+            return
+        if envelope.epoch not in (self.channel.epoch, 0):  # 0: a refusal by one that could not read our epoch
+            self.refused_envelopes += 1
+            return
+        if self.state is LinkState.GREETING:
+            self._greeted(envelope, now)
+            return
+        if envelope.incarnation != self.incarnation and not self._asks_who(envelope):
+            # The broker's successor asks who we are when it hears from us; whatever else it says is not for us.
+            self.refused_envelopes += 1
+            return
+        asked = self.channel.probing
+        self.channel.acknowledged(envelope.ack, now)
+        if envelope.number:
+            if self.channel.accept(envelope.number, now) is Verdict.DELIVER:
+                self.on_envelope(envelope, now)
+            return
+        if not envelope.body:
+            if asked:
+                self.channel.probing = False
+                self._ready.extend(self.channel.kept_after(envelope.ack))
+            return
+        self._unnumbered(envelope, now)
+
+    def reconnected(self, now: float) -> None:
+        """The socket has a new connection: what was in the old one's pipes is gone, and our routing id is another."""
+        if self.state is LinkState.OPEN:
+            self._probe()
+        elif self.state is LinkState.GREETING:
+            self._hello_due = now
+
+    def flush(self, now: float) -> list[list[Frame]]:
+        """Everything to be sent now, at most one new numbered envelope among it."""
+        if self.state is LinkState.GREETING and self._hello_due <= now:
+            self._hello_due = now + HELLO_AGAIN_S
+            return [self._unnumbered_frames([[HELLO, self.hello_fields()]])]
+        if self.state is not LinkState.OPEN:
+            return []
+        due = self.channel.due(now)
+        if due is Due.PROBE:
+            self._probe()
+        ready, self._ready = self._ready, []
+        if len(self.outbox):
+            channel = self.channel
+            number = channel.next_number()
+            frames = self.outbox.seal(self.name, channel.epoch, self.incarnation, number, channel.received)
+            channel.keep(frames, weigh(frames), now)
+            ready.append(frames)
+        elif due is Due.ACK:
+            ready.append(self._unnumbered_frames([]))
+        return ready
+
+    def next_deadline(self) -> float | None:
+        """When to call `flush` again though nothing came in; None: not before something does."""
+        if self.state is LinkState.GREETING:
+            return self._hello_due
+        return self.channel.next_deadline() if self.state is LinkState.OPEN else None
+
+    def bye(self, reason: str) -> None:
+        """Leave on purpose with the next flush; the shell then lingers and calls `close`."""
+        if self.state is LinkState.OPEN:
+            self.outbox.body.append([BYE, reason])
+
+    def close(self) -> None:
+        self.state = LinkState.CLOSED
+
+    # Inside.
+
+    def _greeted(self, envelope: Envelope, now: float) -> None:
+        for message in envelope.body:
+            if message[0] == WELCOME and len(message) == 2 and isinstance(message[1], dict):
+                self.incarnation = envelope.incarnation
+                self.state = LinkState.OPEN
+                self.on_welcome(message[1], now)
+            elif message[0] == REFUSE:
+                self._refused(message, now)
+            else:
+                self.refused_envelopes += 1
+
+    def _asks_who(self, envelope: Envelope) -> bool:
+        return any(message[0] in (WHO, REFUSE) for message in envelope.body)
+
+    def _unnumbered(self, envelope: Envelope, now: float) -> None:
+        for message in envelope.body:
+            if message[0] == WHO:
+                self._begin_again(now)
+                return
+            if message[0] == REFUSE:
+                self._refused(message, now)
+                return
+            if message[0] == PROBE:
+                self.channel.owe_ack(now)
+            elif message[0] != WELCOME:  # a second welcome answers a hello that was sent twice
+                self.refused_envelopes += 1
+
+    def _begin_again(self, now: float) -> None:
+        self.channel = Channel(self.channel.epoch + 1)
+        self.outbox = Outbox()
+        self._ready = []
+        self.state = LinkState.GREETING
+        self._hello_due = now
+        self.on_lost(now)
+
+    def _refused(self, message: list[Any], now: float) -> None:
+        self.state = LinkState.CLOSED
+        self.on_refused(from_wire(message[1:3]), now)
+
+    def _probe(self) -> None:
+        self.channel.probing = True
+        self._ready.append(self._unnumbered_frames([[PROBE]]))
+
+    def _unnumbered_frames(self, body: list[list[Any]]) -> list[Frame]:
+        channel = self.channel
+        return encode(self.name, channel.epoch, self.incarnation, 0, channel.received, body)

@@ -1,0 +1,1 @@
+"""The worker program: one process, at most one actor instance."""

@@ -1,0 +1,120 @@
+"""What a worker is told to become (ASSIGN, PROTOCOL.md §7), read once into a frozen value, and its environment.
+
+The environment is pure here, two dicts; `runtime` puts them in place before it lets any code of the user in, because
+torch looks at CUDA_VISIBLE_DEVICES once, when it is first used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from forge_contract.errors import ProtocolError
+
+
+@dataclass(frozen=True)
+class EndpointSpec:
+    """One endpoint. A DISPATCH names it by its place in the assignment."""
+
+    name: str
+    threads: int  # for a plain `def`: calls at once off the loop
+    takes_lists: bool  # batch_mode "call": the method gets a list per argument and returns a list
+
+    @classmethod
+    def read(cls, fields: Any) -> Self:
+        if not isinstance(fields, dict) or not isinstance(fields.get("name"), str):
+            raise ProtocolError(f"an endpoint of an assignment has no name: {fields!r:.80}")
+        options = fields.get("options") or {}
+        threads = options.get("threads", 1)
+        if not isinstance(threads, int) or threads < 1:
+            raise ProtocolError(f"threads of endpoint {fields['name']!r} is {threads!r:.40}")
+        return cls(fields["name"], threads, options.get("batch_mode") == "call")
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One rank of one replica of one service."""
+
+    service: int
+    name: str  # the service's
+    class_name: str
+    replica: int
+    epoch: int  # of the replica: what is dispatched under another is not for this incarnation
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    gpus: tuple[str, ...]  # the replica's GPUs on this host, in local rank order
+    target: Mapping[str, Any]  # {"ref": "module:qualname"} or {"code": bytes}
+    path: tuple[str, ...]  # the client's sys.path
+    cwd: str | None  # and its working directory
+    trusted: bool  # how the client that deployed it came in (W6)
+    endpoints: tuple[EndpointSpec, ...]
+    concurrency: int  # calls at once
+    serial: bool  # one call at a time, in dispatch order: collectives must not cross
+    max_payload_bytes: int
+
+    @classmethod
+    def read(cls, fields: Any) -> Self:
+        """Raises ProtocolError, naming the field, for what is no assignment."""
+        if not isinstance(fields, dict):
+            raise ProtocolError(f"an assignment is a map, not {type(fields).__name__}")
+        numbers = {name: _field(fields, name, int) for name in _NUMBERS}
+        texts = {name: _field(fields, name, str) for name in ("name", "class_name")}
+        flags = {name: _field(fields, name, bool) for name in ("trusted", "serial")}
+        cwd = fields.get("cwd")
+        if numbers["world"] < 1 or numbers["concurrency"] < 1 or not 0 <= numbers["rank"] < numbers["world"]:
+            raise ProtocolError(
+                f"rank {numbers['rank']} of {numbers['world']} with concurrency {numbers['concurrency']} cannot be"
+            )
+        return cls(
+            **numbers,
+            **texts,
+            **flags,
+            gpus=tuple(str(gpu) for gpu in _field(fields, "gpus", list)),
+            target=_field(fields, "target", dict),
+            path=tuple(entry for entry in fields.get("path") or () if isinstance(entry, str)),
+            cwd=cwd if isinstance(cwd, str) else None,
+            endpoints=tuple(EndpointSpec.read(one) for one in _field(fields, "endpoints", list)),
+        )
+
+    @property
+    def label(self) -> str:
+        """How people see this rank: `Generator/1.0`."""
+        return f"{self.class_name}/{self.replica}.{self.rank}"
+
+    def environment(self) -> dict[str, str]:
+        """What torch and torch.distributed read, but the rendezvous (A7). No GPU is an empty list, not none."""
+        return {
+            "CUDA_VISIBLE_DEVICES": ",".join(self.gpus),
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world),
+        }
+
+
+def master_environment(addr: str, port: int) -> dict[str, str]:
+    """Where the ranks meet, chosen by rank 0 anew for each epoch (A7)."""
+    return {"MASTER_ADDR": addr, "MASTER_PORT": str(port)}
+
+
+_NUMBERS = (
+    "service",
+    "replica",
+    "epoch",
+    "rank",
+    "world",
+    "local_rank",
+    "local_world",
+    "concurrency",
+    "max_payload_bytes",
+)
+
+
+def _field(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = fields.get(name)
+    if type(value) is not kind:
+        raise ProtocolError(f"{name} of an assignment is {value!r:.80}, not {kind.__name__}")
+    return value

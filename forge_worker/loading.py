@@ -1,0 +1,97 @@
+"""From an assignment to a class: the import path, the working directory, a reference or code (design W6, A9).
+
+Called by `runtime` once in a worker's life, when the environment is pinned. Trust decides how far the client is obeyed:
+with it, everything; without, a class must be importable as this worker was started, and be an actor. Without that last
+condition anybody who reaches a TCP port could deploy `subprocess:Popen`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pickle
+import sys
+from typing import Any
+
+from forge_contract.errors import ConfigError, ProtocolError, TrustRequired, UnknownEndpoint
+from forge_worker.assignment import Assignment
+
+log = logging.getLogger("forge_worker")
+
+
+def enter(assignment: Assignment) -> None:
+    """Take over the client's import path and working directory, as far as it is trusted."""
+    if not assignment.trusted:
+        return
+    # The client's order first: it is what the user tested. Ours after it, for what only this machine has.
+    sys.path[:] = dict.fromkeys((*assignment.path, *sys.path))
+    if assignment.cwd is not None:
+        try:
+            os.chdir(assignment.cwd)
+        except OSError as error:
+            # Another machine may not have it, and most actors do not care; those that do will see this line.
+            log.warning("the client's working directory cannot be entered, staying in %s: %s", os.getcwd(), error)
+
+
+def load_class(assignment: Assignment) -> type:
+    """The class to make an instance of. Raises what its import raises; ImportError names the paths searched."""
+    target = assignment.target
+    if "code" in target:
+        if not assignment.trusted:
+            raise TrustRequired(what=f"class {assignment.class_name}, sent by value,")
+        loaded = pickle.loads(target["code"])  # noqa: S301 -- behind the check of trust; cloudpickle's are plain pickles
+    else:
+        loaded = _resolve(str(target.get("ref")), assignment)
+    if not isinstance(loaded, type):
+        raise ConfigError(where=assignment.class_name, message=f"{loaded!r:.200} is no class")
+    if not assignment.trusted and not _is_actor(loaded):
+        raise TrustRequired(what=f"class {assignment.class_name}, which is no ForgeActor,")
+    return loaded
+
+
+def find_methods(instance: object, assignment: Assignment) -> list[Any]:
+    """The endpoints' methods, in the assignment's order. Raises UnknownEndpoint for one that the class has not."""
+    methods = []
+    for endpoint in assignment.endpoints:
+        method = getattr(instance, endpoint.name, None)
+        # Without trust the list of endpoints is somebody's claim, and only what the author marked may be called.
+        if not callable(method) or not (assignment.trusted or hasattr(method, "__forge_endpoint__")):
+            known = [name for name in dir(type(instance)) if not name.startswith("_")]
+            raise UnknownEndpoint(owner=assignment.class_name, name=endpoint.name, known=known)
+        methods.append(method)
+    return methods
+
+
+def _resolve(ref: str, assignment: Assignment) -> Any:
+    module_name, colon, qualname = ref.partition(":")
+    if not (module_name and colon and qualname):
+        raise ProtocolError(f"a class reference is module:qualname, not {ref!r:.200}")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        kind = ModuleNotFoundError if isinstance(error, ModuleNotFoundError) else ImportError
+        raise kind(_not_imported(module_name, error, assignment), name=error.name, path=error.path) from error
+    for name in qualname.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError as error:
+            raise ImportError(f"module {module_name} ({getattr(found, '__file__', '?')}) has no {qualname}") from error
+    return found
+
+
+def _not_imported(module: str, error: ImportError, assignment: Assignment) -> str:
+    whose = (
+        "the client's, then the worker's" if assignment.trusted else "the worker's own, as its client is not trusted"
+    )
+    searched = "\n".join(f"  {entry or os.getcwd()}" for entry in sys.path)
+    return (
+        f"{error} (importing {module} for {assignment.label} in the worker, in {os.getcwd()}); "
+        f"paths searched, {whose}:\n{searched}"
+    )
+
+
+def _is_actor(cls: type) -> bool:
+    from forge_client.actor import ForgeActor
+
+    return issubclass(cls, ForgeActor)

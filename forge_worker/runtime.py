@@ -1,0 +1,398 @@
+"""The worker's child process: one connection, at most one actor, from hello to goodbye. The only place here that acts.
+
+    GREETING ─▶ idle ─ASSIGN─▶ pinned ─▶ (BEGIN) ─▶ loaded ─READY─▶ serving ─STOP, signal, orphaned─▶ leaving ─▶ exit
+
+The link says what to do, `actor_host` runs the calls, `loading` finds the class; here they meet the socket, the clock,
+signals and the process's environment. Everything of the user's runs in this process: `__init__`, `setup`, async
+endpoints and `teardown` on the main thread, as torch and signal handling expect, plain endpoints in threads. So the loop
+may stand still for as long as a user's code takes; the heartbeat goes on in its own thread and says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import inspect
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from forge_client.dealer import Dealer
+from forge_client.heartbeat import Heartbeat
+from forge_client.identity import draw_name, hello_identity
+from forge_contract.config import BrokerConfig
+from forge_contract.errors import BrokerUnreachable, ForgeError
+from forge_contract.framing import Frame, Payload
+from forge_contract.payload import decode_call, encode_exception
+from forge_contract.peer_link import LinkState
+from forge_worker.actor_host import ActorHost
+from forge_worker.assignment import Assignment, master_environment
+from forge_worker.link import Assign, Begin, Drop, Refused, Run, Stop, Welcomed, WorkerLink
+from forge_worker.loading import enter, find_methods, load_class
+from forge_worker.outcomes import trimmed
+from forge_worker.output import make_output_last
+
+log = logging.getLogger("forge_worker")
+
+EXIT_OK: Final = 0
+EXIT_NO_BROKER: Final = 69  # EX_UNAVAILABLE: unreachable, vanished, or it refused us
+EXIT_INTERNAL: Final = 70  # EX_SOFTWARE
+
+WELCOME_WITHIN_S: Final = 10.0
+SIGNAL_GRACE_S: Final = 2.0
+GOODBYE_S: Final = 1.0  # for the last replies to be acknowledged
+# For teardown and the interpreter's own end, over the grace of calls. Past it the process is ended with a dump of what it
+# was doing: an orphan that hangs in a user's teardown would hold its GPU for ever.
+LEAVE_WITHIN_S: Final = 30.0
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """The command line of a child."""
+
+    broker: str
+    gpus: tuple[str, ...] = ()
+    launch: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
+    owned: bool = False  # stdin is a supervisor's pipe; its end means the supervisor is gone
+
+
+def main(options: WorkerOptions) -> int:
+    """Run one worker to its end; returns the exit code."""
+    owner = _take_stdin(options.owned)
+    make_output_last()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("forge_worker %(levelname)s: %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # a user's basicConfig must not print these twice
+    os.environ["FORGE_BROKER"] = options.broker  # what the actor calls, it calls at the same broker
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(options, owner))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def _serve(options: WorkerOptions, owner: int | None) -> int:
+    try:
+        return await Worker(options, owner).serve()
+    except Exception:
+        log.exception("the worker itself failed; please report this")
+        return EXIT_INTERNAL
+
+
+def _take_stdin(owned: bool) -> int | None:
+    """Move the supervisor's pipe out of the way: an actor that reads stdin must not read that."""
+    if not owned:
+        return None
+    owner = os.dup(0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.set_blocking(owner, False)
+    return owner
+
+
+class Worker:
+    """One child's life. `serve()` returns its exit code."""
+
+    def __init__(self, options: WorkerOptions, owner: int | None) -> None:
+        self._options = options
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._link = WorkerLink(
+            draw_name("worker"),
+            time.monotonic(),
+            identity=hello_identity(),
+            gpus=options.gpus,
+            labels=options.labels,
+            launch=options.launch,
+        )
+        self._dealer = Dealer(
+            options.broker,
+            receive=self._receive,
+            turn=self._turn,
+            reconnected=self._reconnected,
+            disconnected=self._disconnected,
+            max_message_bytes=BrokerConfig().max_message_bytes,
+        )
+        self._heartbeat = Heartbeat(options.broker, self._beat)
+        self._host: ActorHost | None = None
+        self._instance: Any = None
+        self._starting: asyncio.Task[None] | None = None
+        self._begin: asyncio.Future[Begin] = self._loop.create_future()
+        self._over: asyncio.Future[int] = self._loop.create_future()
+        self._leaving: asyncio.Task[None] | None = None
+        self._acknowledged = asyncio.Event()  # while leaving: all that was sent
+        self._wake: asyncio.TimerHandle | None = None
+        self._orphan: asyncio.TimerHandle | None = None
+        self._orphan_grace_s = WELCOME_WITHIN_S
+        self._flush_due = False
+        self._signals = 0
+        self._lag_s = 0.0
+        self._lag_probe: float | None = None
+
+    async def serve(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Not loop.add_signal_handler: it would hear the second signal only when the user's code lets the loop run.
+            signal.signal(number, self._signalled)
+        if self._owner is not None:
+            self._loop.add_reader(self._owner, self._owner_said, self._owner)
+        unwelcome = self._loop.call_later(WELCOME_WITHIN_S, self._nobody_answers)
+        self._flush()
+        try:
+            return await self._over
+        finally:
+            unwelcome.cancel()
+            for timer in (self._wake, self._orphan):
+                if timer is not None:
+                    timer.cancel()
+            self._heartbeat.stop()
+            self._dealer.close(linger_s=GOODBYE_S)
+
+    # The socket's side.
+
+    def _receive(self, frames: list[Frame]) -> None:
+        if self._orphan is not None:
+            self._orphan.cancel()
+            self._orphan = None
+        self._link.receive(frames, time.monotonic())
+        if self._leaving is not None and not self._link.channel.kept_bytes:
+            self._acknowledged.set()
+
+    def _turn(self) -> None:
+        for instruction in self._link.take():
+            match instruction:
+                case Run():
+                    if self._host is None:
+                        log.error("a call came before READY: %d requests", len(instruction.ids))
+                    else:
+                        self._host.run(instruction)
+                case Drop():
+                    if self._host is not None:
+                        self._host.drop(instruction.ids)
+                case Assign():
+                    self._starting = self._loop.create_task(self._start(instruction.assignment, instruction.arguments))
+                case Begin():
+                    if not self._begin.done():
+                        self._begin.set_result(instruction)
+                case Stop():
+                    self._leave(EXIT_OK, instruction.reason, instruction.grace_s)
+                case Welcomed():
+                    self._orphan_grace_s = float(instruction.fields.get("orphan_grace_s", self._orphan_grace_s))
+                    self._heartbeat.start(float(instruction.fields.get("heartbeat_s", BrokerConfig().heartbeat_s)))
+                case Refused():
+                    log.error("the broker at %s refused this worker: %s", self._options.broker, instruction.error)
+                    self._leave(EXIT_NO_BROKER, "refused", 0.0)
+        self._flush()
+
+    def _flush_soon(self) -> None:
+        # At the end of the turn: what other calls finish until then goes into the same envelope (W1).
+        if not self._flush_due:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        for frames in self._link.flush(time.monotonic()):
+            self._dealer.send(frames)
+        deadline = self._link.next_deadline()
+        if deadline is None:
+            return
+        # A timer that comes too early costs one look; making a new one in every turn would cost more.
+        delay_s = max(0.0, deadline - time.monotonic())
+        if self._wake is None or self._wake.cancelled() or self._wake.when() > self._loop.time() + delay_s + 0.001:
+            if self._wake is not None:
+                self._wake.cancel()
+            self._wake = self._loop.call_later(delay_s, self._awake)
+
+    def _awake(self) -> None:
+        self._wake = None
+        self._flush()
+
+    def _reconnected(self) -> None:
+        if self._orphan is not None:
+            # Somebody is there again; now it has the grace to say something that tells it is a broker.
+            self._orphan.cancel()
+            self._orphan = self._loop.call_later(self._orphan_grace_s, self._orphaned)
+        self._link.reconnected(time.monotonic())
+        self._flush()
+
+    def _disconnected(self) -> None:
+        if self._orphan is None and self._link.incarnation:
+            self._orphan = self._loop.call_later(self._orphan_grace_s, self._orphaned)
+
+    def _beat(self) -> list[Frame] | None:
+        """In the heartbeat's thread."""
+        now = time.monotonic()
+        if self._lag_probe is None:
+            self._lag_probe = now
+            try:
+                self._loop.call_soon_threadsafe(self._loop_runs)
+            except RuntimeError:
+                return None  # the loop is closed
+            lag_s = self._lag_s
+        else:
+            lag_s = now - self._lag_probe
+        oldest_s = self._host.oldest_s(now) if self._host is not None else 0.0
+        return self._link.heartbeat({"oldest_s": oldest_s, "lag_s": lag_s, "rss": resident_bytes()})
+
+    def _loop_runs(self) -> None:
+        if self._lag_probe is not None:
+            self._lag_s = time.monotonic() - self._lag_probe
+            self._lag_probe = None
+
+    # Becoming a rank.
+
+    async def _start(self, assignment: Assignment, arguments: Payload) -> None:
+        try:
+            os.environ.update(assignment.environment())
+            begin = await self._meet(assignment)
+            os.environ.update(master_environment(begin.addr, begin.port))
+            enter(assignment)
+            cls = load_class(assignment)
+            args, kwargs = decode_call(arguments, trusted=assignment.trusted)
+            self._instance = cls(*args, **kwargs)
+            methods = find_methods(self._instance, assignment)
+            await _call_optional(self._instance, "setup")
+        except asyncio.CancelledError:
+            raise  # by a stop; nobody waits for READY any more
+        except BaseException as error:  # SystemExit too: the caller of as_service is told, whatever it was
+            log.error("%s could not be started", assignment.label, exc_info=trimmed(error))
+            self._link.unready(None, encode_exception(trimmed(error), trusted=self._link.trusted))
+            self._leave(EXIT_OK, "could not be started", 0.0)
+            return
+        self._host = ActorHost(assignment, methods, self._link, trusted=self._link.trusted, on_reply=self._flush_soon)
+        self._link.ready()
+        self._flush_soon()
+
+    async def _meet(self, assignment: Assignment) -> Begin:
+        """Where the ranks meet. A single one need not ask anybody."""
+        if assignment.rank == 0:
+            addr, port = choose_master(self._options.broker)
+            if assignment.world == 1:
+                return Begin(addr, port)
+            self._link.master(addr, port)
+            self._flush_soon()
+        return await self._begin
+
+    # Leaving.
+
+    def _leave(self, code: int, reason: str, grace_s: float) -> None:
+        """Stop, once: what comes first decides the exit code."""
+        if self._leaving is None:
+            faulthandler.dump_traceback_later(grace_s + LEAVE_WITHIN_S, exit=True)
+            self._leaving = self._loop.create_task(self._farewell(code, reason, grace_s))
+
+    async def _farewell(self, code: int, reason: str, grace_s: float) -> None:
+        try:
+            if self._starting is not None and not self._starting.done():
+                self._starting.cancel()
+                await asyncio.wait([self._starting])
+            if self._host is not None:
+                await self._host.finish(grace_s)
+            failed = await self._tear_down()
+            await self._say_bye(f"{reason}; {failed}" if failed else reason)
+        finally:
+            if not self._over.done():
+                self._over.set_result(code)
+
+    async def _tear_down(self) -> str:
+        """Run the actor's teardown; returns what went wrong with it, or nothing. What never became READY has none."""
+        if self._host is None:
+            return ""
+        try:
+            await _call_optional(self._instance, "teardown")
+        except BaseException as error:
+            log.error("teardown of %s failed", type(self._instance).__name__, exc_info=trimmed(error))
+            return f"teardown raised {type(error).__name__}: {error}"
+        return ""
+
+    async def _say_bye(self, reason: str) -> None:
+        if self._link.state is not LinkState.OPEN or self._orphan is not None:
+            return  # nobody to say it to
+        self._link.bye(reason)
+        self._flush()
+        self._acknowledged.clear()
+        # A probe is answered at once, so we know that the last replies have arrived before the process ends.
+        self._link.reconnected(time.monotonic())
+        self._flush()
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self._acknowledged.wait()
+        except TimeoutError:
+            log.warning("the broker has not acknowledged the last %d bytes", self._link.channel.kept_bytes)
+
+    def _signalled(self, number: int, _frame: object) -> None:
+        """On the main thread, between two bytecodes of whatever runs there."""
+        self._signals += 1
+        if self._signals > 1:
+            os._exit(128 + number)  # the second time means now
+        self._loop.call_soon_threadsafe(self._leave, EXIT_OK, "terminated", SIGNAL_GRACE_S)
+
+    def _owner_said(self, owner: int) -> None:
+        try:
+            if os.read(owner, 4096):
+                return
+        except BlockingIOError:
+            return
+        self._loop.remove_reader(owner)
+        self._leave(EXIT_OK, "its supervisor is gone", SIGNAL_GRACE_S)
+
+    def _orphaned(self) -> None:
+        log.error("the broker at %s has been gone for %s s", self._options.broker, self._orphan_grace_s)
+        self._leave(EXIT_NO_BROKER, "orphaned", 0.0)
+
+    def _nobody_answers(self) -> None:
+        if not self._link.incarnation:
+            error: ForgeError = BrokerUnreachable(address=self._options.broker, waited_s=WELCOME_WITHIN_S)
+            log.error("%s", error)
+            self._leave(EXIT_NO_BROKER, "unreachable", 0.0)
+
+
+async def _call_optional(instance: object, name: str) -> None:
+    """Call a method that a class may leave out, and that may be async or plain."""
+    method = getattr(instance, name, None)
+    if method is not None:
+        result = method()
+        if inspect.isawaitable(result):
+            await result
+
+
+def choose_master(broker: str) -> tuple[str, int]:
+    """An address of this machine and a port that is free now, for the ranks to meet (A7).
+
+    The other ranks may be on other machines: the address from which this one reaches the broker is one that machines of
+    the cluster know. Somebody may take the port before torch does; then `setup` fails and the replica is started again.
+    """
+    addr = "127.0.0.1"
+    if broker.startswith("tcp://"):
+        host, _, port = broker.removeprefix("tcp://").rpartition(":")
+        family, kind, _, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing; the kernel picks the route
+            addr = probe.getsockname()[0]
+    with socket.create_server((addr, 0), family=socket.AF_INET6 if ":" in addr else socket.AF_INET) as server:
+        return addr, int(server.getsockname()[1])
+
+
+def resident_bytes() -> int:
+    """Memory of this process; where there is no /proc, the most it ever had."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

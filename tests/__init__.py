@@ -1,0 +1,1 @@
+"""The promises of the design, each proved by a test that cites its number."""

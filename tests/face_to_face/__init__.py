@@ -1,0 +1,1 @@
+"""Client, broker and workers in one process, under a virtual clock."""

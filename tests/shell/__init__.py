@@ -1,0 +1,1 @@
+"""The broker's process: sockets, signals, settings, processes. Real ones."""

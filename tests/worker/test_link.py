@@ -1,0 +1,275 @@
+"""Transcripts of a WorkerLink under virtual time: envelopes in, instructions out, replies gathered by turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from forge_contract.framing import Envelope, Outbox, decode, encode
+from forge_contract.messages import (
+    ASSIGN,
+    BEGIN,
+    BROKER_NAME,
+    BYE,
+    DISPATCH,
+    DROP,
+    HEARTBEAT,
+    HELLO,
+    MASTER,
+    PROBE,
+    READY,
+    REPLIES,
+    STOP,
+    UNREADY,
+    WELCOME,
+    WHO,
+)
+from forge_contract.peer_link import LinkState
+from forge_worker.link import Assign, Begin, Drop, Refused, Run, Stop, Welcomed, WorkerLink
+from tests.worker.fake_broker import assignment_fields
+
+INCARNATION = 5
+
+
+class Talk:
+    """A link and what a broker would have to know to speak with it."""
+
+    def __init__(self) -> None:
+        self.link = WorkerLink(
+            "w-0123", 0.0, identity={"host": "h", "pid": 7}, gpus=("0",), labels={"zone": "a"}, launch=3
+        )
+        self.number = 0
+        self.epoch = 1
+
+    def unnumbered(self, *body: list[Any], now: float = 0.0) -> None:
+        self.link.receive(encode(BROKER_NAME, self.epoch, INCARNATION, 0, 0, list(body)), now)
+
+    def say(self, *body: list[Any], payloads: tuple[bytes, ...] = (), now: float = 0.0) -> None:
+        self.number += 1
+        outbox = Outbox()
+        outbox.body.extend(body)
+        for payload in payloads:
+            outbox.attach(payload)
+        self.link.receive(outbox.seal(BROKER_NAME, self.epoch, INCARNATION, self.number, 0), now)
+
+    def sent(self, now: float = 0.0) -> list[Envelope]:
+        return [decode(frames) for frames in self.link.flush(now)]
+
+    def assigned(self, **fields: Any) -> Talk:
+        self.sent()
+        self.unnumbered([WELCOME, {"trusted": True}])
+        self.say([ASSIGN, {**assignment_fields({"ref": "m:C"}, ("f", "g")), **fields}, 2], payloads=(b"aa",))
+        self.link.take()
+        return self
+
+
+def test_a_hello_says_who_and_what_it_may_use() -> None:
+    """W3"""
+    talk = Talk()
+    (hello,) = talk.sent()
+    assert hello.number == 0
+    assert hello.body == [
+        [
+            HELLO,
+            {
+                "role": "worker",
+                "host": "h",
+                "pid": 7,
+                "gpus": ["0"],
+                "labels": {"zone": "a"},
+                "launch": 3,
+                "holds": None,
+            },
+        ]
+    ]
+
+
+def test_an_assignment_becomes_one_instruction_and_the_life_is_answered_in_order() -> None:
+    """W7: the start of two ranks in PROTOCOL.md §6."""
+    talk = Talk()
+    talk.sent()
+    talk.unnumbered([WELCOME, {"trusted": True}])
+    fields = assignment_fields({"ref": "m:C"}, ("f",)) | {"world": 2, "local_world": 2}
+    talk.say([ASSIGN, fields, 2], payloads=(b"aa",))
+    welcomed, assign = talk.link.take()
+    assert isinstance(welcomed, Welcomed)
+    assert isinstance(assign, Assign)
+    assert assign.arguments == b"aa"
+    assert assign.assignment.world == 2
+    talk.link.master("10.0.0.5", 40111)
+    talk.say([BEGIN, "10.0.0.5", 40111])
+    assert talk.link.take() == [Begin("10.0.0.5", 40111)]
+    talk.link.ready()
+    (envelope,) = talk.sent()
+    assert envelope.number == 1
+    assert envelope.ack == 2
+    assert envelope.body == [[MASTER, "10.0.0.5", 40111], [READY]]
+
+
+def test_replies_of_one_turn_are_one_message_of_short_columns() -> None:
+    """W1"""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2, 3], 1, [1, 1, 1], {"session": ["s", None, None]}], payloads=(b"abc",))
+    (run,) = talk.link.take()
+    assert run == Run(0, True, [1, 2, 3], [1, 1, 1], [b"a", b"b", b"c"], ["s", None, None], [False] * 3)
+    assert talk.link.running == {1: 1, 2: 1, 3: 1}
+    for request, payload in ((2, b"B"), (1, b"A"), (3, b"C")):
+        talk.link.reply(request, 1, 0, payload)
+    (envelope,) = talk.sent()
+    assert envelope.body == [[REPLIES, 1, [2, 1, 3], 1, 0, [1, 1, 1]]]
+    assert envelope.payloads.take_all([1, 1, 1]) == [b"B", b"A", b"C"]
+    assert talk.link.running == {}
+
+
+def test_statuses_that_differ_are_a_column() -> None:
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2], [1, 2], [1, 1], {}], payloads=(b"ab",))
+    talk.link.reply(1, 1, 0, b"")
+    talk.link.reply(2, 2, 3, b"")
+    (envelope,) = talk.sent()
+    assert envelope.body == [[REPLIES, 1, [1, 2], [1, 2], [0, 3], [0, 0]]]
+
+
+def test_a_reply_to_what_does_not_run_is_a_fault_of_ours() -> None:
+    talk = Talk().assigned()
+    with pytest.raises(KeyError, match="attempt 1 of request 9"):
+        talk.link.reply(9, 1, 0, b"")
+
+
+def test_a_dispatch_for_another_epoch_of_the_replica_is_not_run() -> None:
+    """W3: fencing works in this direction too."""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 2, 0, True, [1], 1, [1], {}], payloads=(b"a",))
+    assert talk.link.take() == []
+    assert talk.link.refused_messages == 1
+
+
+def test_a_drop_names_only_what_still_runs() -> None:
+    """F5"""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2], 1, [0, 0], {}])
+    talk.link.reply(1, 1, 0, b"")
+    talk.link.take()
+    talk.say([DROP, [1, 2, 3]])
+    assert talk.link.take() == [Drop([2])]
+
+
+def test_a_dispatch_that_comes_twice_runs_once() -> None:
+    """W4"""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1], 1, [0], {}])
+    talk.number -= 1
+    talk.say([DISPATCH, 1, 0, True, [1], 1, [0], {}])
+    assert [type(one) for one in talk.link.take()] == [Run]
+
+
+def test_a_broker_that_does_not_know_us_is_told_what_we_hold() -> None:
+    """W4: who are you; F10's fields."""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2], 1, [0, 0], {}])
+    talk.link.reply(1, 1, 0, b"")
+    talk.unnumbered([WHO], now=3.0)
+    assert talk.link.state is LinkState.GREETING
+    (hello,) = talk.sent(3.0)
+    assert hello.epoch == 2
+    holds = hello.body[0][1]["holds"]
+    assert holds["running"] == [[2, 1]]
+    assert {name: holds[name] for name in ("service", "replica", "epoch", "rank")} == {
+        "service": 1,
+        "replica": 0,
+        "epoch": 1,
+        "rank": 0,
+    }
+    talk.epoch, talk.number = 2, 0
+    talk.unnumbered([WELCOME, {}], now=3.0)
+    talk.say([STOP, "unknown replica", 0.5], now=3.0)
+    assert talk.link.take()[-1] == Stop("unknown replica", 0.5)
+
+
+def test_a_reply_not_yet_sent_outlives_a_new_epoch() -> None:
+    """W4: what the turn had gathered is not lost with the old channel."""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1], 1, [0], {}])
+    talk.link.reply(1, 1, 0, b"value")
+    talk.unnumbered([WHO])
+    talk.sent()
+    talk.epoch, talk.number = 2, 0
+    talk.unnumbered([WELCOME, {}])
+    (envelope,) = talk.sent()
+    assert envelope.number == 1
+    assert envelope.body == [[REPLIES, 1, [1], 1, 0, [5]]]
+
+
+def test_what_a_new_connection_lost_is_sent_again() -> None:
+    """W4: reconnected, a probe, an ack that is too low, everything after it once more."""
+    talk = Talk().assigned()
+    talk.link.ready()
+    (first,) = talk.sent(1.0)
+    talk.link.reconnected(1.1)
+    assert [envelope.body for envelope in talk.sent(1.1)] == [[[PROBE]]]
+    talk.unnumbered(now=1.2)
+    (again,) = talk.sent(1.2)
+    assert (again.number, again.body) == (first.number, first.body)
+
+
+def test_a_malformed_message_is_counted_and_nothing_else_happens() -> None:
+    """W8"""
+    talk = Talk().assigned()
+    for body in ([DISPATCH, 1], [99], [STOP, "x", "soon"], [DISPATCH, 1, 44, True, [1], 1, [0], {}], [DROP, 5]):
+        talk.say(body)
+    talk.say([BEGIN, "h", 1], payloads=(b"nobody names these",))
+    assert talk.link.refused_messages == 6
+    talk.say([STOP, "the link still works", 1.0])
+    assert talk.link.take()[-1] == Stop("the link still works", 1.0)
+
+
+def test_an_assignment_that_cannot_be_read_is_answered_and_the_worker_leaves() -> None:
+    talk = Talk()
+    talk.sent()
+    talk.unnumbered([WELCOME, {}])
+    talk.link.take()
+    talk.say([ASSIGN, {"service": "one"}, 0])
+    (stop,) = talk.link.take()
+    assert isinstance(stop, Stop)
+    (envelope,) = talk.sent()
+    kind, error, size = envelope.body[0]
+    assert (kind, error[0], size) == (UNREADY, "ProtocolError", 0)
+    assert "service" in error[1]["message"]
+
+
+def test_a_failed_start_carries_the_user_s_exception() -> None:
+    talk = Talk().assigned()
+    talk.link.unready(None, b"exception")
+    talk.link.bye("could not be started")
+    (envelope,) = talk.sent()
+    assert envelope.body == [[UNREADY, None, 9], [BYE, "could not be started"]]
+
+
+def test_replies_leave_before_the_goodbye() -> None:
+    """F9"""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1], 1, [0], {}])
+    talk.link.reply(1, 1, 4, b"")
+    talk.link.bye("stopped")
+    (envelope,) = talk.sent()
+    assert [message[0] for message in envelope.body] == [REPLIES, BYE]
+
+
+def test_a_refusal_is_an_instruction_and_the_link_is_closed() -> None:
+    talk = Talk()
+    talk.sent()
+    talk.unnumbered([4, "VersionMismatch", {"ours": 2, "theirs": 1}])
+    (refused,) = talk.link.take()
+    assert isinstance(refused, Refused)
+    assert "protocol 2" in str(refused.error)
+    assert talk.link.state is LinkState.CLOSED
+
+
+def test_no_heartbeat_before_the_welcome_and_an_unnumbered_one_after() -> None:
+    """F1"""
+    talk = Talk()
+    assert talk.link.heartbeat({"rss": 1}) is None
+    talk.assigned()
+    beat = decode(talk.link.heartbeat({"rss": 1}) or [])
+    assert (beat.number, beat.incarnation, beat.body) == (0, INCARNATION, [[HEARTBEAT, {"rss": 1}]])
