@@ -25,6 +25,11 @@ LARGE_BYTES: Final = 64 << 10
 # Envelopes taken in one turn. A flood must not keep the loop from its other work; the next turn takes what is left.
 ENVELOPES_A_TURN: Final = 100
 
+# Plain ints: an operation on pyzmq's flag enums costs as much as the call it is made for.
+_NOBLOCK: Final = int(zmq.NOBLOCK)
+_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+_POLLIN: Final = int(zmq.POLLIN)
+_EVENTS: Final = int(zmq.EVENTS)
 _MONITORED: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
@@ -105,9 +110,8 @@ class Dealer:
             return
         last = len(frames) - 1
         for at, frame in enumerate(frames):
-            flags = zmq.NOBLOCK if at == last else zmq.NOBLOCK | zmq.SNDMORE
-            socket.send(frame, flags, copy=len(frame) < LARGE_BYTES)
-        if int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+            socket.send(frame, _NOBLOCK if at == last else _MORE, copy=len(frame) < LARGE_BYTES)
+        if int(socket.get(_EVENTS)) & _POLLIN:
             self._drain_soon()  # sending has swallowed the edge
 
     def close(self, linger_s: float = 0.0) -> None:
@@ -140,22 +144,22 @@ class Dealer:
         try:
             for _ in range(ENVELOPES_A_TURN):
                 try:
-                    frame = recv(zmq.NOBLOCK, copy=False)
+                    frame = recv(_NOBLOCK, copy=False)
                 except zmq.Again:
                     drained = True
                     break
                 # A zmq frame knows whether more follow; asking the socket for it costs as much as receiving.
                 frames: list[Frame] = [frame.bytes]
                 if frame.more:
-                    frame = recv(zmq.NOBLOCK, copy=False)
+                    frame = recv(_NOBLOCK, copy=False)
                     frames.append(frame.bytes)
                     while frame.more:
-                        frame = recv(zmq.NOBLOCK, copy=False)
+                        frame = recv(_NOBLOCK, copy=False)
                         frames.append(frame.buffer)
                 receive(frames)
                 if self.closed:
                     return
-                if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:  # an exception to learn it costs twice as much
+                if not int(socket.get(_EVENTS)) & _POLLIN:  # an exception to learn it costs twice as much
                     drained = True
                     break
         finally:

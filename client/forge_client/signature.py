@@ -69,7 +69,8 @@ class Matcher:
         except TypeError as error:
             hint = ""
             if self._named is not None and any(name not in self._named for name in kwargs):
-                hint = f"; it takes {', '.join(sorted(self._named)) or 'no keywords'}"
+                takes = [name for name in self._signature.parameters if name in self._named]
+                hint = f"; it takes {', '.join(takes) or 'no keywords'}"
             raise BadCall(endpoint=endpoint, why=f"{error}{hint}") from None
 
     def to_wire(self) -> list[list[Any]] | None:

@@ -173,7 +173,8 @@ class Broker:
     def _client_gone(self, client: Client, why: str, now: float) -> None:
         """Nobody waits for its calls any more, and what it started ends with it (A10)."""
         state = self.state
-        state.note("info", "client gone", client=client.name, why=why)
+        # A tool that only looks comes and goes with every `forge status`.
+        state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
         del state.links[client.name]
         self.dispatch.drop_client(client, now)
         del state.clients[client.id]

@@ -428,6 +428,8 @@ class Dispatch:
             del held[key]
             ended += 1
             latency_s += now - request.queued_at
+            if request.session is not None and (session := replica.service.sessions.get(request.session)) is not None:
+                session.used_at = now  # a call that ran until now was use until now
             if request.answered:
                 continue
             if status == OK:

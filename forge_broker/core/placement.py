@@ -71,9 +71,13 @@ def _launches(need: Need, here: str, free_gpus: Sequence[str], free_processes: i
 def _why(
     need: Need, wanted: int, found: int, idle: Sequence[Idle], free_gpus: Sequence[str], free_processes: int
 ) -> str:
-    each = f" with {need.gpus_per_rank} GPU{'s' if need.gpus_per_rank > 1 else ''} each" if need.gpus_per_rank else ""
-    fitting = sum(len(worker.gpus) == need.gpus_per_rank for worker in idle)
-    rest = f"{free_processes} more worker processes may be launched here (max_workers)"
-    if need.gpus_per_rank:
-        rest += f", {len(free_gpus)} GPUs are free here"
-    return f"needs {wanted} worker{'s' if wanted > 1 else ''}{each}, {found} can be had: {fitting} idle fit, {rest}"
+    gpus = need.gpus_per_rank
+    each = f" with {gpus} GPU{'s' if gpus > 1 else ''}{' each' if wanted > 1 else ''}" if gpus else ""
+    fitting = sum(len(worker.gpus) == gpus for worker in idle)
+    left = f"{free_processes} processes below max_workers"
+    if gpus:
+        left = f"{len(free_gpus)} GPUs free, {left}"
+    return (
+        f"needs {wanted} worker{'s' if wanted > 1 else ''}{each}: {fitting} fitting ones are idle, "
+        f"{found - fitting} more can be launched here ({left}); start `forge worker` where there is room"
+    )

@@ -42,8 +42,8 @@ def bind_all(context: zmq.Context[zmq.Socket[bytes]], config: BrokerConfig) -> l
 
 
 def release(bound: Bound, *, linger_ms: int = 0, directory_too: bool = False) -> None:
-    """`linger_ms`: for what is still in the pipes. `directory_too`: an embedded broker's directory was made for it alone and goes with it. Elsewhere the lock file stays: removing
-    it would let two brokers hold two files of one name."""
+    """`linger_ms`: for what is still in the pipes. `directory_too`: an embedded broker's directory was made for it alone and
+    goes with it; elsewhere the lock file stays, since removing it would let two brokers hold two files of one name."""
     bound.socket.close(linger=linger_ms)
     path = ipc_path(bound.address)
     if path is not None:

@@ -1,0 +1,115 @@
+"""`forge broker start`: settings from options, environment and file; then `forge_broker` runs until it is told to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from forge_contract.config import BrokerConfig
+
+
+@click.group()
+def broker() -> None:
+    """Run the broker: `forge broker start`."""
+
+
+@broker.command()
+@click.option(
+    "--bind",
+    multiple=True,
+    metavar="ADDRESS",
+    help="Listen here, too: tcp://127.0.0.1:5555. An ipc:// address takes the place of your own private one. May be repeated.",
+)
+@click.option(
+    "--insecure", is_flag=True, default=None, help="Allow binds beyond this machine, although nothing is encrypted."
+)
+@click.option("--log-dir", metavar="DIR", help="Where workers' output goes. [default: `logs` in the private directory]")
+@click.option("--max-workers", type=int, metavar="N", help="Worker processes it may start at once. [default: 64]")
+@click.option("--gpus", metavar="N|LIST|none", help="GPUs to hand out: 2, or 0,3. [default: those found]")
+@click.option(
+    "--heartbeat-s", type=float, metavar="SECONDS", help="Between two signs of life of a peer. [default: 0.5]"
+)
+@click.option(
+    "--liveness", type=int, metavar="N", help="Missed heartbeats that mean death, on other hosts. [default: 10]"
+)
+@click.option(
+    "--orphan-grace-s",
+    type=float,
+    metavar="SECONDS",
+    help="How long workers wait for a broker that is gone. [default: 10]",
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="TOML, table [broker]. [default: FORGE_CONFIG]"
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    envvar="FORGE_LOG_LEVEL",
+    default="info",
+    show_default=True,
+    help="Of the lines on stderr; JSON when that is no terminal.",
+)
+def start(config: Path | None, log_level: str, **options: Any) -> None:
+    """Run a broker until Ctrl-C, which ends what it runs, too.
+
+    It listens on your own private ipc address, where `forge` and `connect()` look for it, and on what --bind adds. Every setting is
+    also a variable (FORGE_MAX_WORKERS=8) and a line of the TOML file's table [broker] (max_workers = 8); the option wins, then the
+    variable.
+
+    \b
+    Examples:
+      forge broker start
+      forge broker start --bind tcp://127.0.0.1:5555 --gpus 2
+      FORGE_MAX_WORKERS=8 forge broker start --config cluster.toml
+      forge broker start --gpus none 2> broker.jsonl
+    """
+    from forge_broker.shell.serve import serve
+
+    settled = settle(options, os.environ, config)
+    serve(settled, lambda addresses: _welcome(settled, addresses), log_level=log_level)
+
+
+def settle(options: dict[str, Any], environ: Mapping[str, str], file: Path | None) -> BrokerConfig:
+    """Option, then variable, then file; the GPUs of this machine unless one of them names some, and the private address unless one
+    of them names another ipc address. Raises ConfigError with every problem."""
+    from forge_broker.shell.settings import load, read_table, slots
+    from forge_client.gpus import find_gpus
+    from forge_contract.addresses import default_address
+
+    said = {**options, "bind": options.get("bind") or None}
+    if said.get("gpus") is not None:
+        said["gpus"] = slots(said["gpus"])
+    elif not environ.get("FORGE_GPUS") and "gpus" not in read_table("broker", file, environ):
+        said["gpus"] = find_gpus(environ)
+    config = load(said, environ, file)
+    if not any(address.startswith("ipc://") for address in config.bind):
+        # FORGE_BROKER says where others look for a broker, not where we listen.
+        own = default_address({**environ, "FORGE_BROKER": ""}, os.getuid())
+        config = dataclasses.replace(config, bind=(own, *config.bind))
+    return config
+
+
+def _welcome(config: BrokerConfig, addresses: list[str]) -> None:
+    """What to type next, for who reads a terminal. Programs read the log line `listening`."""
+    if not sys.stdout.isatty():
+        return
+    from forge_contract.addresses import default_address
+
+    own = addresses[0] == default_address(os.environ, os.getuid())
+    at = "" if own else f" --broker {addresses[0]}"
+    lines = ["", "Forge broker listens on", *(f"  {address}" for address in addresses), "", "In another terminal:"]
+    lines += [
+        f"  forge deploy module:Class --name gen --replicas 2{at}",
+        f"  forge call gen.predict '{{\"x\": 1}}'{at}",
+        f"  forge status --watch{at}",
+    ]
+    lines += [f"  forge worker --gpu none --broker {address}" for address in addresses if address.startswith("tcp://")]
+    lines += ["", f"Workers' output is in {config.log_dir}. Ctrl-C ends the broker and all it runs.", ""]
+    click.echo("\n".join(lines))

@@ -1,0 +1,221 @@
+"""The broker's answers as text for people: plain dicts in (`forge_broker.core.status` makes them), rich renderables out.
+
+No broker and no terminal in here. A page has to be readable at 80 columns, so what is zero everywhere is left out, and what is
+long (why a replica waits, its last error) stands in lines of its own below the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+STYLES: Final = {
+    "HEALTHY": "green",
+    "READY": "green",
+    "IDLE": "cyan",
+    "UNINITIALIZED": "yellow",
+    "STARTING": "yellow",
+    "LOADING": "yellow",
+    "DRAINING": "yellow",
+    "RECOVERING": "yellow",
+    "UNHEALTHY": "bold red",
+    "LOST": "bold red",
+}
+SESSIONS_SHOWN: Final = 10  # there may be thousands; `forge status --json` has more, `forge explain` any of them
+
+
+def status_page(status: Mapping[str, Any], address: str, note: str = "") -> RenderableType:
+    """All of `forge status`. `note`: what is wrong with the page itself, such as its age."""
+    services = status["services"]
+    parts: list[RenderableType] = [_head(status, address, note)]
+    if services:
+        parts += [_services(services), _replicas(services), _queues(services), *_sessions(services)]
+    else:
+        parts.append(Text("no services; `forge deploy module:Class --name gen` starts one", "dim"))
+    parts.append(worker_table(status["workers"]))
+    trouble = troubles(services)
+    if trouble:
+        parts.append(Text("\n".join(trouble), "yellow"))
+    # An empty line between two parts.
+    return Group(*(one for at, part in enumerate(parts) for one in ((Text(), part) if at else (part,))))
+
+
+def _head(status: Mapping[str, Any], address: str, note: str) -> Text:
+    gpus = status["gpus"]
+    free = sum(not holder for holder in gpus.values())
+    facts = [
+        f"up {duration(status['uptime_s'])}",
+        _count(status["clients"], "client"),
+        _count(len(status["workers"]), "worker"),
+        f"{status['launches']} of {status['max_workers']} processes launched",
+        f"{free} of {_count(len(gpus), 'GPU')} free" if gpus else "no GPUs",
+    ]
+    facts += [f"{size(status['queued_bytes'])} of arguments held"] if status["queued_bytes"] >= 1 << 20 else []
+    facts += (
+        [f"{_count(status['fenced_replies'], 'late reply', 'late replies')} refused"]
+        if status["fenced_replies"]
+        else []
+    )
+    head = Text.assemble((f"broker at {address}", "bold"), "\n", " · ".join(facts))
+    for style, said in (
+        ("bold yellow", status["terminating"] and f"ending: {status['terminating']}"),
+        ("bold red", note),
+    ):
+        if said:
+            head.append(f"\n{said}", style)
+    return head
+
+
+def _services(services: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("SERVICE", "~CLASS", "#HEALTHY", "#WAITING", "#SESSIONS", "#CALLS/S", "~")
+    for service in services:
+        replicas = service["replicas"]
+        healthy = sum(replica["healthy"] for replica in replicas)
+        waiting = sum(service["queues"].values()) + sum(replica["queue_size"] for replica in replicas)
+        remarks = [
+            "stopping" if service["stopping"] else "",
+            "actor" if service["kind"] == "actor" else "",
+            "" if service["detached"] else "ends with its client",
+        ]
+        table.add_row(
+            service["name"],
+            service["class_name"],
+            Text(f"{healthy} of {len(replicas)}", "green" if healthy == len(replicas) else "yellow"),
+            _number(waiting),
+            _number(service["sessions"]),
+            f"{service['request_rate']:.1f}",
+            Text(", ".join(remark for remark in remarks if remark), "dim"),
+        )
+    return table
+
+
+def _replicas(services: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("REPLICA", "STATE", "#IN FLIGHT", "#PARKED", "#SESSIONS", "#CALLS", "#RESTARTS")
+    for replica in (replica for service in services for replica in service["replicas"]):
+        table.add_row(
+            replica["name"],
+            state(replica["state"]),
+            f"{replica['active_requests']} of {replica['max_concurrent_requests']}",
+            _number(replica["queue_size"]),
+            _number(replica["sessions"]),
+            _number(replica["total_requests"]),
+            _number(replica["restarts"]),
+        )
+    return table
+
+
+def _queues(services: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Those in which something waits."""
+    waiting = [(name, length) for service in services for name, length in service["queues"].items() if length]
+    if not waiting:
+        return Text("queues: all empty", "dim")
+    table = _table("QUEUE", "#WAITING")
+    for name, length in waiting:
+        table.add_row(name, _number(length))
+    return table
+
+
+def _sessions(services: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    total = sum(service["sessions"] for service in services)
+    if not total:
+        return []
+    table = _table("SESSION", "REPLICA")
+    shown = [(service, session) for service in services for session in service["active_sessions"]][:SESSIONS_SHOWN]
+    for service, session in shown:
+        idx = service["session_replica_map"].get(session)
+        table.add_row(session, f"{service['name']}/{idx}" if idx is not None else Text("not called yet", "dim"))
+    if total > len(shown):
+        table.add_row(Text(f"… and {total - len(shown):,} more", "dim"), "")
+    return [table]
+
+
+def worker_table(workers: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """`forge workers`, and the end of `forge status`."""
+    if not workers:
+        return Text("no workers", "dim")
+    with_gpus = any(worker["gpus"] for worker in workers)
+    labelled = any(worker["labels"] for worker in workers)
+    columns = ["WORKER", "STATE", "RUNS", "GPUS" if with_gpus else "", "~HOST", "#PID", "#MEMORY", "#OLDEST"]
+    table = _table(*(column for column in columns if column), *(["~LABELS"] if labelled else []))
+    for worker in workers:
+        vitals = worker["vitals"]
+        oldest_s = vitals.get("oldest_s") or 0.0
+        cells: list[str | Text] = [
+            worker["name"],
+            state(worker["state"]),
+            f"{worker['replica']}.{worker['rank']}" if worker["replica"] is not None else Text("–", "dim"),
+        ]
+        cells += [",".join(worker["gpus"]) or Text("–", "dim")] if with_gpus else []
+        cells += [
+            worker["hostname"],
+            str(worker["pid"]),
+            size(vitals["rss"]) if vitals.get("rss") else "",
+            duration(oldest_s) if oldest_s else Text("–", "dim"),
+        ]
+        cells += [" ".join(f"{key}={value}" for key, value in worker["labels"].items())] if labelled else []
+        table.add_row(*cells)
+    return table
+
+
+def troubles(services: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why replicas wait, and what last went wrong with them: one paragraph each."""
+    told = []
+    for replica in (replica for service in services for replica in service["replicas"]):
+        if replica["pending"]:
+            told.append(f"{replica['name']} is pending, because it {replica['pending']}")
+        if replica["last_error"]:
+            told.append(f"{replica['name']} last error: {replica['last_error']}")
+    return told
+
+
+def state(name: str) -> Text:
+    return Text(name, STYLES.get(name, ""))
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 min`, `5 h 10 min`, `2 d 4 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them: `812 B`, `3.4 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _table(*columns: str) -> Table:
+    """`#` marks a column of numbers, `~` one that is cut where there is no room. No boxes: a pipe wants columns, and 80 columns
+    have no room for lines."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        # What is not marked is whole: a name that is cut could not be pasted into `forge explain`.
+        table.add_column(
+            column.lstrip("#~"),
+            justify="right" if column.startswith("#") else "left",
+            no_wrap=not column.startswith("~"),
+            overflow="ellipsis",
+        )
+    return table
+
+
+def _number(value: int) -> str | Text:
+    return f"{value:,}" if value else Text("0", "dim")
+
+
+def _count(number: int, word: str, words: str = "") -> str:
+    return f"{number:,} {word if number == 1 else words or word + 's'}"
