@@ -11,7 +11,7 @@ Peers speak through links (hello, numbering: `links`); what they say goes to `di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from forge_broker.core.actions import Action, Send, Watch
 from forge_broker.core.answers import Answers
@@ -35,6 +35,10 @@ from forge_contract.messages import BROKER_NAME
 
 if TYPE_CHECKING:
     from random import Random
+
+NEWS_AT_MOST_BYTES: Final = (
+    1 << 20
+)  # unacknowledged: who does not read gets no more news, or a stopped client would fill us
 
 
 class Broker:
@@ -130,12 +134,12 @@ class Broker:
             service = state.services[key]
             service.metrics_at = 0.0
             for name in list(service.watchers):
-                if name in state.links:
-                    notice = {"service": key, "snapshot": metrics(service, now)}
-                    state.links[name].post([messages.NOTICE, "metrics", notice])
-                    state.deliver(state.links[name])
-                else:
+                link = state.links.get(name)
+                if link is None:
                     service.watchers.discard(name)
+                elif link.channel.kept_bytes < NEWS_AT_MOST_BYTES:
+                    link.post([messages.NOTICE, "metrics", {"service": key, "snapshot": metrics(service, now)}])
+                    state.deliver(link)
         elif kind is Kind.NO_REPLICA and key in state.services:
             self.dispatch.give_up_waiting(state.services[key], now)
         elif kind is Kind.SESSION and key[0] in state.services:
@@ -298,7 +302,10 @@ class Broker:
             self._refuse(route, envelope.epoch, error)
             return
         state.note("debug", "hello", peer=link.name, role=link.role, trusted=link.trusted)
-        state.actions.append(Watch(link.name, hello["host"], hello["pid"], hello["pid_namespace"], hello["started"]))
+        if isinstance(link, Worker) and link.launch in state.launches:
+            link.watched = True  # our own child: the scaler tells of its end, with the exit code
+        else:
+            state.actions.append(Watch(link.name, hello["host"], hello["pid"], hello["pid_namespace"], hello["started"]))
         limit = state.config.heartbeat_s * state.config.liveness
         state.deadlines.add(now + limit, Kind.SILENCE, link.name)
 

@@ -45,6 +45,8 @@ class Lifecycle:
     def deploy(self, client: Client, number: int, spec: Any, init: Payload, now: float) -> None:
         """Start a service; the answer is due when all its replicas are HEALTHY. Raises ForgeError for a spec that cannot hold."""
         state = self._state
+        if state.terminating:
+            raise ServiceStopped(service="the broker", why=f": {state.terminating}")
         config = read_spec(spec, client.trusted)
         if state.terminating:
             raise ServiceStopped(service=spec["class_name"], why=": the broker is stopping")

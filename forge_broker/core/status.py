@@ -107,7 +107,7 @@ def metrics(service: Service, now: float) -> dict[str, Any]:
             "total_request_rate": sum(replica.stats.window.rate(now) for replica in replicas),
             "avg_queue_depth": queued / max(1, healthy),
             "avg_capacity_utilization": sum(replica.capacity_utilization for replica in service.pool) / max(1, healthy),
-            "sessions_per_replica": len(service.sessions) / max(1, len(service.replicas)),
+            "sessions_per_replica": {replica.idx: replica.sessions for replica in replicas},
         },
         "replicas": {
             replica.idx: {
