@@ -8,16 +8,19 @@ programs do that and hand us values.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import types
 import typing
 from collections.abc import Hashable, Mapping
 from dataclasses import InitVar, dataclass
-from functools import cache
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from forge_contract.addresses import check_address
 from forge_contract.errors import ConfigError, did_you_mean
 from forge_contract.routing import make_router
+
+Config = TypeVar("Config")
 
 DELIVERIES = ("at_least_once", "at_most_once")
 
@@ -62,7 +65,7 @@ class _Problems(list[str]):
             raise ConfigError(where=where, problems=list(self))
 
 
-@cache
+@functools.cache
 def _field_types(cls: Hashable) -> dict[str, tuple[type, ...]]:
     """Each field's accepted types; empty where anything goes. An int is welcome where a float is."""
     assert isinstance(cls, type)  # Hashable is what `cache` asks for
@@ -95,6 +98,22 @@ def field_names(cls: type) -> frozenset[str]:
     return frozenset(one.name for one in dataclasses.fields(cls))
 
 
+def _judging_names(cls: type[Config]) -> type[Config]:
+    """A configuration whose constructor refuses unknown fields as `options()` does: all of them, with the closest known
+    ones. Python's own TypeError would stop at the first and know none."""
+    init = cls.__init__
+    known = frozenset(inspect.signature(init).parameters) - {"self"}
+
+    @functools.wraps(init)
+    def judging(self: Config, **fields: Any) -> None:
+        _refuse_unknown(cls.__name__, known, fields)
+        init(self, **fields)
+
+    cls.__init__ = judging  # type: ignore[assignment]
+    return cls
+
+
+@_judging_names
 @dataclass(frozen=True, kw_only=True)
 class AutoscalingConfig:
     """When to add and remove replicas. Defaults and names are the specification's; the policy acts on it in `scaling`."""
@@ -145,6 +164,7 @@ class AutoscalingConfig:
         return dataclasses.asdict(self)
 
 
+@_judging_names
 @dataclass(frozen=True, kw_only=True)
 class ServiceConfig:
     """How a service (or an actor) is placed and run. Given to `Service`, or field by field to `options()`."""

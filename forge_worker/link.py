@@ -183,7 +183,7 @@ class WorkerLink(PeerLink):
             for message in envelope.body:
                 self._hear(message, envelope)
             envelope.payloads.close()
-        except (ProtocolError, TypeError, ValueError, KeyError):
+        except (ProtocolError, TypeError, ValueError, LookupError, AttributeError, OverflowError):
             # A message of another shape than the specification's: what follows it cannot be matched with its payloads.
             self.refused_messages += 1
 
@@ -229,9 +229,9 @@ class WorkerLink(PeerLink):
         if not 0 <= method < len(self.assignment.endpoints):
             raise ProtocolError(f"a dispatch to method {method} of {len(self.assignment.endpoints)}")
         attempts = spread(attempts, count)
-        self.running.update(zip(ids, attempts, strict=True))
         sessions = spread(columns.get("session"), count)
         by_client = spread(columns.get("client", False), count)
+        self.running.update(zip(ids, attempts, strict=True))  # last: what cannot be read does not run
         self._instructions.append(Run(method, trusted is True, ids, attempts, payloads, sessions, by_client))
 
     def _gather(self) -> None:

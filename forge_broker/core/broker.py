@@ -305,7 +305,9 @@ class Broker:
         if isinstance(link, Worker) and link.launch in state.launches:
             link.watched = True  # our own child: the scaler tells of its end, with the exit code
         else:
-            state.actions.append(Watch(link.name, hello["host"], hello["pid"], hello["pid_namespace"], hello["started"]))
+            state.actions.append(
+                Watch(link.name, hello["host"], hello["pid"], hello["pid_namespace"], hello["started"])
+            )
         limit = state.config.heartbeat_s * state.config.liveness
         state.deadlines.add(now + limit, Kind.SILENCE, link.name)
 

@@ -83,7 +83,7 @@ async def test_wrong_arguments_never_travel(broker: Served) -> None:
     for call in (service.predict.route, service.predict.fanout):
         with pytest.raises(BadCall, match=r"Gen-1\.predict: missing a required argument: 'x'"):
             call()
-        with pytest.raises(BadCall, match=r"it takes scale, x"):
+        with pytest.raises(BadCall, match=r"it takes x, scale"):
             call(1, size=3)
     assert len(broker.broker.seen) == seen
 

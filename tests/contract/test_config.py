@@ -1,0 +1,121 @@
+"""Configuration is judged whole: every problem in one error, unknown options with the known ones (A2, A3)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+
+from forge_contract.addresses import check_address, default_address, ipc_path, is_loopback
+from forge_contract.config import AutoscalingConfig, BrokerConfig, EndpointOptions, ServiceConfig
+from forge_contract.errors import ConfigError
+
+
+def test_all_problems_are_told_together_with_the_names_of_their_fields() -> None:
+    """A3."""
+    with pytest.raises(ConfigError) as caught:
+        ServiceConfig(procs=0, errors="maybe", health_poll_rate=-1.0, min_replicas=3, max_replicas=2, name="a b")
+    text = str(caught.value)
+    for field in ("procs", "errors", "health_poll_rate", "min_replicas=3 is above max_replicas=2", "name"):
+        assert field in text
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("cls", [ServiceConfig, AutoscalingConfig, EndpointOptions, BrokerConfig])
+def test_every_field_of_a_wrong_type_is_a_problem_and_never_a_crash(cls: Any) -> None:
+    """A3: whatever is given for it."""
+    for name in cls.__dataclass_fields__:
+        if name == "default_replicas":
+            continue
+        for value in ("text", -5, 1.5, [1], (1,), {"a": 1}, True, float("nan"), 2**70):
+            with contextlib.suppress(ConfigError):  # anything else that is raised fails the test
+                cls(**{name: value})
+
+
+def test_an_unknown_option_fails_with_the_closest_and_the_known_ones() -> None:
+    """A2."""
+    with pytest.raises(
+        ConfigError, match=r"(?s)unknown option 'num_replica'; did you mean 'num_replicas'.*known ones.*procs"
+    ):
+        ServiceConfig().replace(num_replica=2)
+    with pytest.raises(ConfigError, match="unknown option 5"):
+        ServiceConfig.from_wire({5: 1})
+    with pytest.raises(ConfigError, match="a map was expected"):
+        ServiceConfig.from_wire([1])
+
+
+def test_what_is_not_given_is_kept() -> None:
+    """A2."""
+    config = ServiceConfig(procs=2, num_replicas=3).replace(with_gpus=True).replace(procs=4)
+    assert (config.procs, config.num_replicas, config.with_gpus) == (4, 3, True)
+    assert config.replace(default_replicas=5).num_replicas == 5
+
+
+def test_default_replicas_is_another_name_for_num_replicas() -> None:
+    """A3."""
+    assert ServiceConfig(default_replicas=3) == ServiceConfig(num_replicas=3)
+    with pytest.raises(ConfigError, match="the same setting"):
+        ServiceConfig(default_replicas=3, num_replicas=2)
+
+
+def test_a_config_survives_the_wire() -> None:
+    """PROTOCOL.md §7.1."""
+    config = ServiceConfig(procs=2, hosts=3, autoscaling=AutoscalingConfig(scale_up_step_size=2), name="x")
+    assert ServiceConfig.from_wire(config.to_wire()) == config
+    assert ServiceConfig.from_wire(ServiceConfig().to_wire()) == ServiceConfig()
+
+
+def test_hosts_multiply_ranks_and_gpus_are_shared_evenly() -> None:
+    """A3."""
+    config = ServiceConfig(procs=2, hosts=3, gpus_per_replica=12)
+    assert (config.world, config.gpus_per_rank, config.mesh_sizes) == (6, 2, {"hosts": 3, "procs": 2})
+    with pytest.raises(ConfigError, match="cannot be shared evenly by 6 ranks"):
+        ServiceConfig(procs=2, hosts=3, gpus_per_replica=5)
+
+
+def test_nobody_can_ask_for_a_billion_of_something() -> None:
+    """W8."""
+    for name in ("procs", "hosts", "num_replicas", "replica_max_concurrent_requests", "mesh_concurrency"):
+        with pytest.raises(ConfigError, match=f"{name} must be at most"):
+            ServiceConfig().replace(**{name: 10**9})
+
+
+@pytest.mark.parametrize("address", ["ipc:///x", "tcp://h:1", "tcp://*:5555", "tcp://[::1]:65535", "tcp://h:*"])
+def test_addresses_are_ipc_and_tcp(address: str) -> None:
+    """PROTOCOL.md §1."""
+    check_address(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "ipc://",
+        "http://h:1",
+        "tcp://h",
+        "tcp://:1",
+        "tcp://h:65536",
+        "tcp://h:²",
+        "tcp://h:" + "9" * 5000,
+        "ipc://" + "x" * 108,
+    ],
+)
+def test_what_is_no_address_is_told(address: str) -> None:
+    """A3."""
+    with pytest.raises(ConfigError):
+        check_address(address)
+
+
+def test_only_what_cannot_be_reached_from_elsewhere_is_loopback() -> None:
+    """W6."""
+    assert all(map(is_loopback, ["ipc:///x", "tcp://127.0.0.1:1", "tcp://localhost:1", "tcp://[::1]:1"]))
+    assert not any(map(is_loopback, ["tcp://0.0.0.0:1", "tcp://*:1", "tcp://eth0:1", "tcp://10.0.0.1:1"]))
+
+
+def test_the_users_own_broker_is_found_by_the_environment() -> None:
+    """A1."""
+    assert default_address({"FORGE_BROKER": "tcp://h:1"}, 5) == "tcp://h:1"
+    assert default_address({"XDG_RUNTIME_DIR": "/run/u"}, 5) == "ipc:///run/u/forge/broker.sock"
+    assert str(ipc_path(default_address({}, 5))) == "/tmp/forge-5/broker.sock"
+    assert ipc_path("tcp://h:1") is None
