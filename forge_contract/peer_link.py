@@ -41,6 +41,7 @@ class PeerLink:
         self.refused_envelopes = 0  # of another epoch or incarnation, or no envelopes at all
         self._hello_due = now
         self._ready: list[list[Frame]] = []  # to be sent again, before anything new
+        self._leaving = False  # bye was said
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} {self.state.value} {self.channel!r}>"
@@ -142,6 +143,7 @@ class PeerLink:
     def bye(self, reason: str) -> None:
         """Leave on purpose with the next flush; the shell then lingers and calls `close`."""
         if self.state is LinkState.OPEN:
+            self._leaving = True
             self.outbox.body.append([BYE, reason])
 
     def close(self) -> None:
@@ -165,6 +167,11 @@ class PeerLink:
 
     def _unnumbered(self, envelope: Envelope, now: float) -> None:
         for message in envelope.body:
+            if message[0] == WHO and self._leaving:
+                # The goodbye has arrived and we are forgotten, which is what it asked for; a hello would bring us back.
+                self.channel = Channel(self.channel.epoch + 1)
+                self.state = LinkState.CLOSED
+                return
             if message[0] == WHO:
                 self._begin_again(now)
                 return

@@ -25,6 +25,7 @@ STYLES: Final = {
     "UNHEALTHY": "bold red",
     "LOST": "bold red",
 }
+LAG_SHOWN_FROM_S: Final = 0.1
 SESSIONS_SHOWN: Final = 10  # there may be thousands; `forge status --json` has more, `forge explain` any of them
 
 
@@ -58,6 +59,11 @@ def _head(status: Mapping[str, Any], address: str, note: str) -> Text:
     facts += (
         [f"{_count(status['fenced_replies'], 'late reply', 'late replies')} refused"]
         if status["fenced_replies"]
+        else []
+    )
+    facts += (
+        [f"its loop stood still for {status['loop_lag_s']:.1f} s within a minute"]
+        if status.get("loop_lag_s", 0.0) >= LAG_SHOWN_FROM_S
         else []
     )
     head = Text.assemble((f"broker at {address}", "bold"), "\n", " · ".join(facts))

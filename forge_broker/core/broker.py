@@ -10,7 +10,6 @@ Peers speak through links (hello, numbering: `links`); what they say goes to `di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from forge_broker.core.actions import Action, Send, Watch
@@ -19,7 +18,17 @@ from forge_broker.core.clients import Client
 from forge_broker.core.control import Control
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
-from forge_broker.core.events import Event, LaunchEnded, ProcessGone, Received, Route, Terminate, Unroutable, Watched
+from forge_broker.core.events import (
+    Event,
+    LaunchEnded,
+    ProcessGone,
+    Received,
+    Route,
+    Stalled,
+    Terminate,
+    Unroutable,
+    Watched,
+)
 from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.links import Link
 from forge_broker.core.sessions import Sessions
@@ -28,13 +37,12 @@ from forge_broker.core.status import metrics
 from forge_broker.core.workers import Worker, WorkerState
 from forge_contract import messages
 from forge_contract.channel import Due, Verdict
-from forge_contract.config import BrokerConfig
 from forge_contract.errors import ForgeError, ProtocolError, ServiceStopped
 from forge_contract.framing import Envelope, decode, encode
 from forge_contract.messages import BROKER_NAME
 
 if TYPE_CHECKING:
-    from random import Random
+    pass
 
 NEWS_AT_MOST_BYTES: Final = (
     1 << 20
@@ -42,22 +50,10 @@ NEWS_AT_MOST_BYTES: Final = (
 
 
 class Broker:
-    """One broker. `trusted`: for each of its addresses, whether who comes in by it may send code."""
+    """One broker, over its data."""
 
-    def __init__(
-        self,
-        config: BrokerConfig,
-        *,
-        incarnation: int,
-        host: str,
-        trusted: Sequence[bool],
-        random: Random,
-        unpickle: Callable[[bytes], Any],
-        now: float,
-    ) -> None:
-        self.state = State(
-            config, incarnation=incarnation, host=host, trusted=trusted, random=random, unpickle=unpickle, now=now
-        )
+    def __init__(self, state: State) -> None:
+        self.state = state
         answers = Answers(self.state)
         self.sessions = Sessions(self.state, answers)
         self.dispatch = Dispatch(self.state, answers, self.sessions)
@@ -83,6 +79,8 @@ class Broker:
             self._gone(event.name, "its process has ended", now)
         elif isinstance(event, LaunchEnded):
             self.lifecycle.launch_ended(event.launch, event.why, event.last_lines, now)
+        elif isinstance(event, Stalled):
+            state.stalled(event.seconds, now)
         elif isinstance(event, Terminate):
             self.lifecycle.terminate(event.why, now)
         if state.terminating:

@@ -7,13 +7,14 @@ from typing import Any
 from forge_broker.core.links import Link
 from forge_broker.core.requests import Gather, Request
 from forge_contract.framing import Payload
-from forge_contract.messages import RESULTS, column
+from forge_contract.messages import RESULTS
 
 
 class Client(Link):
     role = "client"
+    constant_field = 3  # statuses
 
-    __slots__ = ("_group", "accepted", "answered", "calls", "detached", "held_bytes", "id", "services", "sessions")
+    __slots__ = ("accepted", "answered", "calls", "detached", "held_bytes", "id", "services", "sessions")
 
     def __init__(self, *link: Any, id: int, detached: bool) -> None:
         super().__init__(*link)
@@ -25,25 +26,11 @@ class Client(Link):
         self.held_bytes = 0  # arguments of `calls`
         self.services: set[int] = set()  # that end with it
         self.sessions: set[tuple[int, str]] = set()  # (service id, session id)
-        self._group: list[Any] | None = None  # the RESULTS message still open in the outbox
 
     def add_result(self, sequence: int, status: int, payload: Payload, trusted: bool) -> None:
-        group = self._group
+        group = self.group
         if group is None or group[1] is not trusted:
-            group = self._group = [RESULTS, trusted, [], [], []]
-            self.outbox.body.append(group)
+            group = self.open_group([RESULTS, trusted, [], [], []])
         group[2].append(sequence)
         group[3].append(status)
         group[4].append(self.outbox.attach(payload))
-
-    def post(self, message: list[Any]) -> None:
-        self._close_group()
-        super().post(message)
-
-    def before_sealing(self) -> None:
-        self._close_group()
-
-    def _close_group(self) -> None:
-        if self._group is not None:
-            self._group[3] = column(self._group[3])
-            self._group = None

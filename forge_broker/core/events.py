@@ -44,10 +44,16 @@ class LaunchEnded(NamedTuple):
     last_lines: list[str]
 
 
+class Stalled(NamedTuple):
+    """A turn of the loop took so long that it is worth telling: everybody waited meanwhile, for a router perhaps (R4)."""
+
+    seconds: float
+
+
 class Terminate(NamedTuple):
     """Somebody wants the broker to end: stop everything it runs, then ask the shell to exit."""
 
     why: str
 
 
-Event = Received | Unroutable | Watched | ProcessGone | LaunchEnded | Terminate
+Event = Received | Unroutable | Watched | ProcessGone | LaunchEnded | Stalled | Terminate

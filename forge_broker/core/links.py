@@ -10,17 +10,24 @@ from typing import Any
 from forge_broker.core.events import Route
 from forge_contract.channel import Channel
 from forge_contract.framing import Frame, Outbox, encode, weigh
-from forge_contract.messages import BROKER_NAME, Message
+from forge_contract.messages import BROKER_NAME, Message, column
 
 
 class Link:
-    """One peer. `vitals`: what its last heartbeat said."""
+    """One peer. `vitals`: what its last heartbeat said.
+
+    What goes to a peer in quantity is gathered in `group`, a message of columns at the end of the outbox that is still open.
+    """
 
     role = "peer"
+    constant_field = (
+        0  # of the group: the column that is mostly one value, and shortened to it when the group is closed
+    )
 
     __slots__ = (
         "channel",
         "delivering",
+        "group",
         "heard_at",
         "hello",
         "incarnation",
@@ -43,6 +50,7 @@ class Link:
         self.incarnation = incarnation  # the broker's own
         self.channel = Channel(epoch)
         self.outbox = Outbox()
+        self.group: Message | None = None
         self.delivering = False  # a Deliver action is out for it in this turn
         self.heard_at = now
         self.watched = False  # the kernel will tell of its death
@@ -53,14 +61,24 @@ class Link:
         return f"<{type(self).__name__} {self.name} {self.channel!r}>"
 
     def post(self, message: Message) -> None:
+        """A message of its own."""
+        self.close_group()
         self.outbox.body.append(message)
 
-    def before_sealing(self) -> None:
-        """Shorten the columns of what was gathered. Overridden by those that gather columns."""
+    def open_group(self, message: Message) -> Message:
+        """A message whose columns the caller goes on to fill, until the next one or the end of the turn."""
+        self.post(message)
+        self.group = message
+        return message
+
+    def close_group(self) -> None:
+        if self.group is not None:
+            self.group[self.constant_field] = column(self.group[self.constant_field])
+            self.group = None
 
     def pack(self, now: float) -> list[Frame]:
         """Seal the outbox into one numbered envelope, and keep it until it is acknowledged."""
-        self.before_sealing()
+        self.close_group()
         channel = self.channel
         number = channel.next_number()
         frames = self.outbox.seal(BROKER_NAME, channel.epoch, self.incarnation, number, channel.received)

@@ -37,7 +37,13 @@ class Launch:
         self.rank = rank
 
 
+LAG_WINDOW_S = 60.0  # long enough to be seen by who comes to look after calls had been slow
+
+
 class State:
+    """`trusted`: for each of the broker's addresses, whether who comes in by it may send code; `unpickle` is called for nobody else.
+    `host`: this machine, as hellos name it. `random`: the only chance there is."""
+
     def __init__(
         self,
         config: BrokerConfig,
@@ -78,6 +84,8 @@ class State:
         self.story = Story(config.story_entries)
         self.held_bytes = 0  # arguments of all unanswered calls
         self.counters: Counter[str] = Counter()  # what the protocol counts: refused, fenced, garbage, …
+        self.stalled_s = 0.0  # the longest turn of the last minute, as far as turns are worth telling
+        self.stalled_at = now
         self.terminating = ""
 
         self.actions: list[Action] = []  # of the event being handled
@@ -85,6 +93,14 @@ class State:
     def next_id(self) -> int:
         self.last_id += 1
         return self.last_id
+
+    def stalled(self, seconds: float, now: float) -> None:
+        if seconds >= self.loop_lag_s(now):
+            self.stalled_s, self.stalled_at = seconds, now
+
+    def loop_lag_s(self, now: float) -> float:
+        """How long the loop stood still at worst in the last minute (R4)."""
+        return self.stalled_s if now - self.stalled_at <= LAG_WINDOW_S else 0.0
 
     def deliver(self, link: Link) -> None:
         """Something was put into this peer's outbox."""

@@ -20,6 +20,7 @@ def broker_status(state: State, now: float) -> dict[str, Any]:
     return {
         "incarnation": state.incarnation,
         "uptime_s": round(now - state.started_at, 3),
+        "loop_lag_s": round(state.loop_lag_s(now), 3),
         "recovering": False,
         "terminating": state.terminating,
         "clients": len(state.clients),

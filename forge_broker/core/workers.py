@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from forge_broker.core.links import Link
 from forge_broker.core.requests import Request
-from forge_contract.messages import DISPATCH, DROP, column
+from forge_contract.messages import DISPATCH, DROP
 
 
 class WorkerState(enum.Enum):
@@ -63,8 +63,9 @@ _TIMEOUT, _SESSION, _CLIENT = 1, 2, 4  # which columns a DISPATCH has
 
 class Worker(Link):
     role = "worker"
+    constant_field = 5  # attempts
 
-    __slots__ = ("_flags", "_group", "gpus", "host", "launch", "rank", "replica", "state")
+    __slots__ = ("_flags", "gpus", "host", "launch", "rank", "replica", "state")
 
     def __init__(self, *link: Any) -> None:
         super().__init__(*link)
@@ -74,8 +75,7 @@ class Worker(Link):
         self.state = WorkerState.STARTING
         self.replica: Any = None  # replicas.Replica
         self.rank = 0
-        self._group: list[Any] | None = None  # the DISPATCH message still open in the outbox
-        self._flags = 0  # the columns it has
+        self._flags = 0  # the columns of the DISPATCH that is open
 
     def __repr__(self) -> str:
         doing = f" {self.replica.name}.{self.rank}" if self.replica is not None else ""
@@ -96,9 +96,9 @@ class Worker(Link):
             flags |= _TIMEOUT
         if session is not None:
             flags |= _SESSION
-        group = self._group
+        group = self.group
         if group is None or group[2] != endpoint.method or group[3] is not request.trusted or self._flags != flags:
-            group = self._open_group(request, endpoint, flags)
+            group = self._open_dispatch(request, endpoint, flags)
         group[4].append(request.id)
         group[5].append(request.attempt)
         group[6].append(self.outbox.attach(request.payload))
@@ -107,8 +107,7 @@ class Worker(Link):
         if session is not None:
             group[7]["session"].append(session)
 
-    def _open_group(self, request: Request, endpoint: Any, flags: int) -> list[Any]:
-        self._close_group()
+    def _open_dispatch(self, request: Request, endpoint: Any, flags: int) -> list[Any]:
         columns: dict[str, Any] = {}
         if flags & _TIMEOUT:
             columns["timeout"] = []
@@ -116,27 +115,13 @@ class Worker(Link):
             columns["session"] = []
         if flags & _CLIENT:
             columns["client"] = True
-        group = self._group = [DISPATCH, self.replica.epoch, endpoint.method, request.trusted, [], [], [], columns]
         self._flags = flags
-        self.outbox.body.append(group)
-        return group
+        return self.open_group([DISPATCH, self.replica.epoch, endpoint.method, request.trusted, [], [], [], columns])
 
     def add_drop(self, request: int) -> None:
         """Cancel this one; many in a row share a message."""
         body = self.outbox.body
-        if self._group is None and body and body[-1][0] == DROP:
+        if self.group is None and body and body[-1][0] == DROP:
             body[-1][1].append(request)
         else:
             self.post([DROP, [request]])
-
-    def post(self, message: list[Any]) -> None:
-        self._close_group()
-        super().post(message)
-
-    def before_sealing(self) -> None:
-        self._close_group()
-
-    def _close_group(self) -> None:
-        if self._group is not None:
-            self._group[5] = column(self._group[5])
-            self._group = None

@@ -24,7 +24,8 @@ import zmq
 
 from forge_broker.core.actions import Action, Deliver, Exit, Kill, KillPeer, Launch, Note, Send, Watch
 from forge_broker.core.broker import Broker
-from forge_broker.core.events import Event, ProcessGone, Received, Route, Terminate, Unroutable, Watched
+from forge_broker.core.events import Event, ProcessGone, Received, Route, Stalled, Terminate, Unroutable, Watched
+from forge_broker.core.state import State
 from forge_broker.scalers.local import LocalScaler
 from forge_broker.shell.addresses import Bound, bind_all, make_private, release
 from forge_broker.shell.log import Log
@@ -41,6 +42,9 @@ _EVENTS = int(zmq.EVENTS)
 
 DRAIN_AT_MOST: Final = 512  # envelopes of one socket per turn, so that none starves deadlines and the other sockets
 UNCOPIED_FROM: Final = 65_536  # bytes; below, copying into libzmq is cheaper than its bookkeeping for ours
+STALL_FROM_S: Final = (
+    0.05  # a turn of the loop that took longer is told to the core, which shows it in `forge status` (R4)
+)
 LAST_WORDS_MS: Final = 500  # for what is still in the pipes when we exit
 
 
@@ -100,13 +104,15 @@ class Server:
         home = max(self._bound, key=lambda one: one.trusted)
         self._scaler = LocalScaler(home.address, os.environ, log_dir)
         self._broker = Broker(
-            config,
-            incarnation=secrets.randbits(63),
-            host=host_id(),
-            trusted=[one.trusted for one in self._bound],
-            random=random.Random(secrets.randbits(64)),
-            unpickle=_unpickle,
-            now=time.monotonic(),
+            State(
+                config,
+                incarnation=secrets.randbits(63),
+                host=host_id(),
+                trusted=[one.trusted for one in self._bound],
+                random=random.Random(secrets.randbits(64)),
+                unpickle=_unpickle,
+                now=time.monotonic(),
+            )
         )
         # What exists now lives as long as we do; a collection every 700 allocations would look at it for every few calls.
         gc.collect()
@@ -154,6 +160,9 @@ class Server:
                 self._event(Terminate("a signal"), now)
             self._carry_out(broker.tick(now), now)
             self._send_waiting(now)
+            turned = time.monotonic()
+            if turned - now > STALL_FROM_S:
+                self._event(Stalled(turned - now), turned)
 
     def _other(self, descriptor: int, wake: sockets.socket, now: float) -> None:
         """A descriptor that is no ROUTER: a signal, the owner's end, a process that ended."""

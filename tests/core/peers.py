@@ -17,6 +17,7 @@ from forge_broker.core.actions import Action, Deliver, Kill, Launch, Send, Watch
 from forge_broker.core.broker import Broker
 from forge_broker.core.events import Event, LaunchEnded, Received, Route, Watched
 from forge_broker.core.services import Service
+from forge_broker.core.state import State
 from forge_contract.config import BrokerConfig, EndpointOptions, ServiceConfig
 from forge_contract.errors import ForgeError, from_wire
 from forge_contract.framing import Envelope, decode, encode
@@ -50,13 +51,15 @@ class Bench:
     def __init__(self, unpickle: Any = None, **config: Any) -> None:
         self.now = 1000.0
         self.broker = Broker(
-            BrokerConfig(**config),
-            incarnation=INCARNATION,
-            host=HERE,
-            trusted=(True, False),
-            random=random.Random(1),
-            unpickle=unpickle or (lambda code: code),
-            now=self.now,
+            State(
+                BrokerConfig(**config),
+                incarnation=INCARNATION,
+                host=HERE,
+                trusted=(True, False),
+                random=random.Random(1),
+                unpickle=unpickle or (lambda code: code),
+                now=self.now,
+            )
         )
         self.state = self.broker.state
         self.actions: list[Action] = []

@@ -1,0 +1,323 @@
+"""Clients and workers of the simulation: the real links, with stand-ins for sockets, processes and the actor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from forge_client.link import ClientLink, Extras
+from forge_contract.config import EndpointOptions, ServiceConfig
+from forge_contract.errors import ForgeError
+from forge_contract.framing import encode
+from forge_contract.messages import FAILED, HEARTBEAT
+from forge_contract.peer_link import LinkState, PeerLink
+from forge_worker.link import Assign, Drop, Run, Stop, WorkerLink
+from tests.face_to_face.network import Connection
+
+if TYPE_CHECKING:
+    from tests.face_to_face.world import World
+
+HERE = "this-host"
+
+
+class Peer:
+    """A process with a link: a client or a worker."""
+
+    link: PeerLink
+
+    def __init__(self, world: World, host: str) -> None:
+        self.world = world
+        self.host = host
+        self.alive = True
+        self.paused = False
+        self._held: list[list[Any]] = []
+        self._wake_at: float | None = None
+        self.pid = world.next_pid()
+        self.connection = Connection(world, self)
+        world.routes[self.connection.routing_id] = self.connection
+
+    def identity(self) -> dict[str, Any]:
+        return {"host": self.host, "hostname": self.host, "pid": self.pid, "pid_namespace": 1, "started": self.pid}
+
+    def receive(self, frames: list[Any]) -> None:
+        if not self.alive:
+            return
+        if self.paused:
+            self._held.append(frames)
+            return
+        self.link.receive(frames, self.world.clock.now)
+        self.after_receive()
+        self.flush()
+
+    def after_receive(self) -> None:
+        """Carry out what came in."""
+
+    def flush(self) -> None:
+        """The end of a turn of its loop."""
+        if not self.alive or self.paused:
+            return
+        now = self.world.clock.now
+        for frames in self.link.flush(now):
+            self.connection.to_broker(frames)
+        due = self.link.next_deadline()
+        if due is not None and (self._wake_at is None or due < self._wake_at):
+            self._wake_at = due
+            self.world.clock.at(due, self._wake)
+
+    def _wake(self) -> None:
+        self._wake_at = None
+        self.flush()
+
+    def beat(self) -> None:
+        """Its heartbeat thread."""
+        if not self.alive:
+            return
+        if not self.paused and self.link.incarnation and self.link.state is LinkState.OPEN:
+            link = self.link
+            self.connection.to_broker(
+                encode(link.name, link.channel.epoch, link.incarnation, 0, 0, [[HEARTBEAT, {"oldest_s": 0.0}]])
+            )
+        self.world.clock.at(self.world.clock.now + self.world.config.heartbeat_s, self.beat)
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+        held, self._held = self._held, []
+        for frames in held:
+            self.receive(frames)
+        self.flush()
+
+    def die(self) -> None:
+        """SIGKILL."""
+        if not self.alive:
+            return
+        self.alive = False
+        self.connection.up = False
+        self.world.routes.pop(self.connection.routing_id, None)
+        self.world.process_ended(self)
+
+
+class Reply:
+    """What a caller sees of one call."""
+
+    def __init__(self) -> None:
+        self.replies = 0
+        self.status: int | None = None
+        self.payload: Any = None
+        self.trusted: bool | None = None
+        self.points: list[list[int]] | None = None
+        self.sequence = 0
+
+    @property
+    def done(self) -> bool:
+        return self.replies > 0
+
+    @property
+    def error(self) -> str | None:
+        """The name of one of our errors, if that is the reply."""
+        return msgpack.unpackb(self.payload)[0] if self.status == FAILED else None
+
+    def take(self, status: int | None, payload: Any, trusted: bool) -> None:
+        self.replies += 1
+        self.status, self.payload, self.trusted = status, payload, trusted
+
+
+class Answer:
+    def __init__(self) -> None:
+        self.done = False
+        self.ok = False
+        self.fields: dict[str, Any] = {}
+        self.payload: Any = None
+
+    @property
+    def error(self) -> str | None:
+        return None if self.ok or "error" not in self.fields else str(self.fields["error"][0])
+
+
+class SimClient(Peer):
+    """A client process; it is the listener of its own link."""
+
+    def __init__(self, world: World, name: str, host: str = HERE, *, detached: bool = False) -> None:
+        super().__init__(world, host)
+        self.link: ClientLink = ClientLink(
+            name, world.clock.now, hello=self.identity(), listener=self, detached=detached
+        )
+        self.notices: list[tuple[str, dict[str, Any]]] = []
+        self.refusal: ForgeError | None = None
+        self.lost_waiters: list[Any] = []
+        self.beat()
+        self.flush()
+
+    def deploy(self, wait: bool = True, *, kind: str = "service", endpoints: Any = None, **config: Any) -> Any:
+        """Deploy a class with these endpoints (name → options); the description, or the Answer when not waiting."""
+        listed = [
+            {
+                "name": name,
+                "router": options.pop("router", {"name": "RoundRobinRouter", "options": {}}),
+                "options": options,
+            }
+            for name, options in ((name, dict(options)) for name, options in (endpoints or {"echo": {}}).items())
+        ]
+        for one in listed:
+            one["options"] = EndpointOptions(**one["options"]).to_wire()
+        spec = {
+            "class_name": "Sim",
+            "kind": kind,
+            "target": {"ref": "sim:Sim"},
+            "endpoints": listed,
+            "config": ServiceConfig(**config).to_wire(),
+        }
+        answer = self.control("deploy", {"spec": spec}, b"init")
+        if not wait:
+            return answer
+        self.world.run_until(lambda: answer.done)
+        assert answer.ok, answer.fields
+        return answer.fields
+
+    def control(self, op: str, fields: dict[str, Any], payload: bytes = b"") -> Answer:
+        answer = Answer()
+        self.link.control(op, fields, payload, answer)
+        self.flush()
+        return answer
+
+    def ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        answer = self.control(op, fields)
+        self.world.run_until(lambda: answer.done)
+        assert answer.ok, answer.fields
+        return answer.fields
+
+    def call(
+        self,
+        service: dict[str, Any],
+        endpoint: str = "echo",
+        payload: bytes = b"x",
+        *,
+        flush: bool = True,
+        session: str | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+        rank: int | None = None,
+        hints: dict[str, Any] | None = None,
+    ) -> Reply:
+        reply = Reply()
+        deadline = None if timeout is None else self.world.clock.now + timeout
+        order = session or (service["service"] if service["kind"] == "actor" else None)
+        extras = Extras(deadline, session, priority, hints, rank)
+        reply.sequence = self.link.submit(
+            service["endpoints"][endpoint], payload, reply, None if extras == Extras() else extras, order
+        )
+        if flush:
+            self.flush()
+        return reply
+
+    def fanout(self, service: dict[str, Any], endpoint: str = "echo", payload: bytes = b"x") -> Reply:
+        reply = Reply()
+        reply.sequence = self.link.fanout(service["endpoints"][endpoint], payload, reply)
+        self.flush()
+        return reply
+
+    # Listener.
+
+    def welcomed(self, fields: dict[str, Any]) -> None:
+        pass
+
+    def refused(self, error: ForgeError) -> None:
+        self.refusal = error
+
+    def lost(self, waiters: list[Any], controls: list[Any]) -> None:
+        self.lost_waiters += waiters
+
+    def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Any]) -> None:
+        for waiter, status, payload in zip(waiters, statuses, payloads, strict=True):
+            if waiter is not None:
+                waiter.take(status, payload, trusted)
+
+    def parts(
+        self, trusted: bool, waiter: Any, points: list[list[int]], statuses: list[int], payloads: list[Any]
+    ) -> None:
+        if waiter is not None:
+            waiter.points = points
+            waiter.take(None, list(zip(statuses, payloads, strict=True)), trusted)
+
+    def answer(self, waiter: Any, ok: bool, fields: dict[str, Any], payload: Any) -> None:
+        assert not waiter.done, "a control was answered twice"
+        waiter.done, waiter.ok, waiter.fields, waiter.payload = True, ok, fields, payload
+
+    def notice(self, topic: str, fields: dict[str, Any]) -> None:
+        self.notices.append((topic, fields))
+
+
+class SimWorker(Peer):
+    """A worker process with a stand-in for the actor: `world.actor` says how long a call takes and what comes of it."""
+
+    def __init__(
+        self, world: World, name: str, *, launch: int = 0, gpus: tuple[str, ...] = (), host: str = HERE
+    ) -> None:
+        super().__init__(world, host)
+        self.launch = launch
+        self.link: WorkerLink = WorkerLink(
+            name, world.clock.now, identity=self.identity(), gpus=gpus, labels={}, launch=launch
+        )
+        self.started: list[tuple[int, int, bytes, str | None]] = []  # (request, attempt, payload, session) in order
+        self.assignment: Any = None
+        self.begun: tuple[str, int] | None = None
+        self._ended: dict[int, int] = {}
+        self.beat()
+        self.flush()
+
+    def after_receive(self) -> None:
+        for instruction in self.link.take():
+            if isinstance(instruction, Assign):
+                self.assignment = instruction.assignment
+                self._load()
+            elif isinstance(instruction, Run):
+                self._run(instruction)
+            elif isinstance(instruction, Drop):
+                pass  # a thread: it runs to its end, and the broker does not wait for what comes of it
+            elif isinstance(instruction, Stop):
+                self._leave(instruction.reason)
+
+    def _load(self) -> None:
+        if self.assignment.rank == 0 and self.assignment.world > 1:
+            self.link.master("127.0.0.1", 40_000 + self.pid)
+        self._later(self.world.load_s, self._loaded)
+
+    def _loaded(self) -> None:
+        failure = self.world.load_failure
+        if failure is not None:
+            self.link.unready(None, failure)
+            self._leave("could not start")
+        else:
+            self.link.ready()
+        self.flush()
+
+    def _run(self, run: Run) -> None:
+        for request, attempt, payload, session in zip(run.ids, run.attempts, run.payloads, run.sessions, strict=True):
+            self.started.append((request, attempt, bytes(payload), session))
+            self.world.history.append((self.link.name, request, attempt))
+            seconds, status, result = self.world.actor(self, run.method, bytes(payload))
+            self._later(seconds, partial(self._finish, request, attempt, status, result))
+
+    def _finish(self, request: int, attempt: int, status: int, payload: bytes) -> None:
+        if self.link.running.get(request) == attempt:
+            self.link.reply(request, attempt, status, payload)
+            self.flush()
+
+    def _later(self, seconds: float, do: Callable[[], None]) -> None:
+        def then() -> None:
+            if self.paused and self.alive:
+                self._later(0.1, do)  # stopped: its clock stands still for it
+            elif self.alive:
+                do()
+
+        self.world.clock.at(self.world.clock.now + seconds, then)
+
+    def _leave(self, reason: str) -> None:
+        self.link.bye(reason)
+        self.flush()
+        self.world.clock.at(self.world.clock.now + 0.05, self.die)
