@@ -452,19 +452,23 @@ class Lifecycle:
         worker.move(WorkerMove.STOP)
         worker.post([STOP, reason, grace_s])
         self._state.deliver(worker)
-        self._state.deadlines.add(now + grace_s + KILL_AFTER_GRACE_S, Kind.KILL, worker.name)
+        self._state.deadlines.add(now + grace_s + KILL_AFTER_GRACE_S, Kind.KILL, worker)
 
-    def kill_overdue(self, name: str, now: float) -> None:
-        """A worker told to stop is still there. Of one on another host we can only stop speaking to it."""
-        worker = self._state.workers.get(name)
-        if worker is None or worker.state is not WorkerState.DRAINING:
-            return  # the second: it began anew under its name
-        self._state.note("warning", "worker killed", worker=name, why="it did not stop in time")
-        if worker.launch:
-            self._state.actions.append(Kill(worker.launch))
-        elif worker.watched:
-            self._state.actions.append(KillPeer(name))
-        else:
+    def kill_overdue(self, worker: Worker, now: float) -> None:
+        """A worker told to stop is still there, or has said bye and its process does not end. Of one on another host we can only stop
+        speaking to it."""
+        state = self._state
+        here = state.workers.get(worker.name) is worker
+        if worker.launch in state.launches:
+            # Having said bye it has nothing left to lose: no reason to alarm anybody.
+            state.note(
+                "warning" if here else "info", "worker killed", worker=worker.name, why="it did not stop in time"
+            )
+            state.actions.append(Kill(worker.launch))
+        elif here and worker.watched:
+            state.note("warning", "worker killed", worker=worker.name, why="it did not stop in time")
+            state.actions.append(KillPeer(worker.name))
+        elif here:
             self.worker_gone(worker, "it did not stop in time", [], now)
 
     def _check_stopped(self, replica: Replica, now: float) -> None:

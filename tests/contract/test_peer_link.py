@@ -152,3 +152,13 @@ def test_bye_is_the_last_thing_said() -> None:
     link.close()
     link.hear([99], number=1)
     assert link.told == []
+
+
+def test_who_after_a_goodbye_means_that_it_has_arrived_and_nobody_comes_back() -> None:
+    """W4: a second hello would make the broker hold a worker whose process is about to end, and kill one that ends slowly."""
+    link = opened()
+    link.bye("its replica is stopped")
+    assert link.sends()[-1].body[-1][0] == BYE
+    link.hear([WHO])
+    assert link.state is LinkState.CLOSED
+    assert (link.channel.kept_bytes, link.told, link.sends()) == (0, [], [])

@@ -1,5 +1,5 @@
-"""Time and the network of the simulation. The network's faults are ZeroMQ's: a broken connection loses in silence what is in its pipes, and the
-new one has another routing id; a half-open one swallows one direction until the heartbeats of ZMTP end it.
+"""Time and the network of the simulation. The network's faults are ZeroMQ's: a broken connection loses in silence what is in
+its pipes, and the new one has another routing id; a half-open one swallows one direction until the heartbeats of ZMTP end it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,114 @@
+"""Handwritten digits through the broker: train a small classifier here, serve it with two replicas, read every image there.
+
+The data is scikit-learn's bundled copy of the UCI handwritten digits: 1,797 scans of 8 × 8 pixels. A quarter of them is
+held out from training. The trained weights are the constructor's argument, so they travel to the replicas with `as_service`;
+after that each image is one call, up to `OUTSTANDING` of them at a time.
+
+    python examples/digits.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+from forge_client import ForgeActor, LeastLoadedRouter, service_endpoint, shutdown
+
+SEED = 0
+OUTSTANDING = 64  # calls at once: enough that no replica waits for us, few enough that each is answered in milliseconds
+
+
+def make_model() -> nn.Sequential:
+    """64 pixels in, the logits of 10 digits out."""
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def train(pixels: NDArray[np.float32], digits: NDArray[np.int64], epochs: int) -> dict[str, Tensor]:
+    """The weights after `epochs` passes. pixels: (n, 64), 0.0 … 1.0; digits: (n,), 0 … 9."""
+    torch.manual_seed(SEED)
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    images, labels = torch.from_numpy(pixels), torch.from_numpy(digits)
+    for _ in range(epochs):
+        for batch in torch.split(torch.randperm(len(images)), 32):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+            torch.autograd.backward(loss)
+            optimizer.step()
+    return model.state_dict()
+
+
+class DigitReader(ForgeActor):
+    """One replica: the trained model in a process of its own."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        torch.set_num_threads(1)  # the replicas are the parallelism; more threads would only contend with each other
+        self.model = make_model()
+        self.model.load_state_dict(weights)
+        self.model.eval()
+
+    @service_endpoint(router=LeastLoadedRouter())
+    async def read(self, pixels: NDArray[np.float32]) -> tuple[int, float]:
+        """pixels: (64,), 0.0 … 1.0. The digit it shows, and how sure the model is of it, 0.0 … 1.0."""
+        with torch.inference_mode():
+            sure, digit = self.model(torch.from_numpy(pixels)).softmax(dim=0).max(dim=0)
+        return int(digit), float(sure)
+
+
+async def main(replicas: int, epochs: int) -> None:
+    torch.set_num_threads(2)
+    data = load_digits()
+    pixels = (data.data / 16.0).astype(np.float32)
+    digits = data.target.astype(np.int64)
+    seen, held_out = train_test_split(np.arange(len(digits)), test_size=0.25, random_state=SEED, stratify=digits)
+
+    began = time.perf_counter()
+    weights = train(pixels[seen], digits[seen], epochs)
+    print(f"trained on {len(seen)} images in {time.perf_counter() - began:.1f} s; {len(held_out)} are held out")
+
+    began = time.perf_counter()
+    reader = await DigitReader.options(num_replicas=replicas).as_service(weights)
+    print(f"{replicas} replicas up in {time.perf_counter() - began:.1f} s")
+
+    answers = np.zeros(len(digits), dtype=np.int64)
+    room = asyncio.Semaphore(OUTSTANDING)
+
+    async def read(index: int) -> None:
+        async with room:
+            answers[index], _ = await reader.read.route(pixels[index])
+
+    began = time.perf_counter()
+    await asyncio.gather(*(read(index) for index in range(len(digits))))
+    took_s = time.perf_counter() - began
+
+    right = answers == digits
+    print(
+        f"{len(digits)} images read in {took_s:.2f} s: {len(digits) / took_s:,.0f} images/s, {OUTSTANDING} outstanding"
+    )
+    print(f"accuracy {right[held_out].mean():.1%} on the held-out images, {right.mean():.1%} on all")
+    summary = await reader.get_metrics_summary()
+    for idx, figures in summary["replicas"].items():
+        print(
+            f"replica {idx}: {figures['successful_requests']} images, "
+            f"{figures['failed_requests']} failed, mean latency {figures['avg_latency'] * 1e3:.1f} ms"
+        )
+
+    await reader.shutdown()
+    await shutdown()
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description="Serve a digit classifier and read 1,797 images with it.")
+    options.add_argument("--replicas", type=int, default=2)
+    options.add_argument("--epochs", type=int, default=20)
+    options.add_argument("--quick", action="store_true", help="train for 4 passes only")
+    chosen = options.parse_args()
+    asyncio.run(main(chosen.replicas, 4 if chosen.quick else chosen.epochs))

@@ -1,0 +1,95 @@
+"""The examples run as a user runs them: as programs, on the embedded broker, in processes of their own.
+
+Small settings, because two cores are shared with everything else; what they print is judged, not how fast they are.
+Nothing may be left running: `conftest` looks for that at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BOUND_S = 110.0  # importing torch in five processes takes long on a machine that is busy with something else
+
+pytestmark = pytest.mark.timeout(BOUND_S + 10)
+
+
+def run(example: str, *arguments: str) -> str:
+    """What the example prints. Fails with all it said, if it does not end well."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / example), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        timeout=BOUND_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{example} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert not done.stderr, f"{example} had something to complain about:\n{done.stderr}"
+    return done.stdout
+
+
+def test_digits_routes_every_image_over_two_replicas_and_reads_most_of_them() -> None:
+    """A1, R1: an embedded broker, two replicas, 1,797 calls, and each is counted once."""
+    told = run("digits.py", "--quick")
+    images = [int(count) for count in re.findall(r"^replica \d: (\d+) images, 0 failed", told, re.MULTILINE)]
+    assert len(images) == 2, told
+    assert sum(images) == 1797, told
+    assert min(images) > 300, told
+    held_out = re.search(r"accuracy ([\d.]+)% on the held-out", told)
+    assert held_out is not None, told
+    assert float(held_out[1]) > 85.0, told
+
+
+def test_sessions_stay_on_their_replica_and_remember_what_was_said() -> None:
+    """S1, S2: four conversations at once, two on each replica; the bot repeats to each what only that one has told it."""
+    told = run("sessions.py")
+    homes = dict(re.findall(r"^(\w+), session [0-9a-f]+, lives on replica (\d)", told, re.MULTILINE))
+    assert set(homes) == {"Ada", "Grace", "Linus", "Edsger"}, told
+    assert sorted(homes.values()) == ["0", "0", "1", "1"], told
+    assert "Ada:     My replica is called\n  bot:     … Bertha" in told, told
+    assert "Grace:   My replica is called\n  bot:     … Hopper" in told, told
+    assert "0 sessions open now" in told, told
+
+
+def test_mesh_reduces_over_its_ranks_and_gives_every_one_the_same_weights() -> None:
+    """A7: the environment of torch.distributed is there in setup, and a call reaches all ranks."""
+    told = run("mesh.py", "--procs", "2")
+    assert "sizes {'procs': 2}" in told
+    assert "every rank has the same weights: True" in told, told
+    assert "<ValueMesh procs=2 [0.9" in told, told
+
+
+def test_rl_trains_while_it_rolls_out_and_every_replica_gets_the_last_weights() -> None:
+    """A8, A5: the trainer calls the buffer and the policy by handles it was given; `fanout` reaches both replicas."""
+    told = run("rl.py", "--quick")
+    rewards = [float(reward) for reward in re.findall(r"^ +[1-9]\d*  +([\d.]+) ", told, re.MULTILINE)]
+    assert len(rewards) == 3, told
+    assert all(0.0 < reward <= 1.0 for reward in rewards), told
+    assert "versions [6, 6]" in told, told
+
+
+def test_remote_md_names_commands_and_options_that_exist() -> None:
+    """Every `forge …` line of the walk-through is understood by the command's own parser, up to running it."""
+    from click.testing import CliRunner
+
+    from forge_cli.main import main
+
+    text = (ROOT / "examples" / "remote.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("forge ")]
+    assert len(lines) >= 10
+    for line in lines:
+        words = line.removesuffix(" &").split()[1:]
+        command = words[:2] if words[0] == "broker" else words[:1]
+        options = [word for word in words if word.startswith("--")]
+        helped = CliRunner().invoke(main, [*command, "--help"])
+        assert helped.exit_code == 0, f"{line}: {helped.output}"
+        assert all(option in helped.output for option in options), line
