@@ -157,6 +157,11 @@ class ClientLink(PeerLink):
 
     # What the client says.
 
+    @property
+    def last_sequence(self) -> int:
+        """Of the calls submitted so far."""
+        return self._sequence
+
     def submit(
         self,
         endpoint: int,
@@ -291,7 +296,7 @@ class ClientLink(PeerLink):
         for message in envelope.body:
             try:
                 deliver = self._read(message, envelope.payloads)
-            except (ProtocolError, ValueError, TypeError, AttributeError):
+            except (ProtocolError, ValueError, TypeError, AttributeError, OverflowError):
                 # The broker's nonsense. What follows in this envelope cannot be told apart from it any more.
                 self.refused_envelopes += 1
                 return
@@ -303,20 +308,26 @@ class ClientLink(PeerLink):
         if kind == RESULTS:
             _, trusted, seqs, statuses, sizes = message
             taken = payloads.take_all(sizes)
+            statuses = spread(statuses, len(seqs))
+            if not len(seqs) == len(statuses) == len(taken):
+                raise ProtocolError("results with columns of different lengths")
             unanswered = self.unanswered
             before, pop = len(unanswered), self.unanswered.pop
             waiters = [pop(seq, None) for seq in seqs]
             self.refused_replies += len(waiters) - (before - len(unanswered))  # those that were not there
-            return self._listener.results, trusted is True, waiters, spread(statuses, len(waiters)), taken
+            return self._listener.results, trusted is True, waiters, statuses, taken
         if kind == PARTS:
             _, trusted, seq, points, statuses, sizes = message
             taken = payloads.take_all(sizes)
+            statuses = spread(statuses, len(points))
+            if not len(points) == len(statuses) == len(taken):
+                raise ProtocolError("parts with columns of different lengths")
+            points = [[int(replica), int(rank)] for replica, rank in points]
             waiter = self.unanswered.pop(seq, _UNKNOWN)
             if waiter is _UNKNOWN:
                 self.refused_replies += 1
                 waiter = None
-            points = [[int(replica), int(rank)] for replica, rank in points]
-            return self._listener.parts, trusted is True, waiter, points, spread(statuses, len(points)), taken
+            return self._listener.parts, trusted is True, waiter, points, statuses, taken
         if kind == ANSWER:
             _, number, ok, fields, size = message
             payload = payloads.take(size) if size else None

@@ -10,7 +10,7 @@ import pytest
 from forge_client.link import CALLS_A_MESSAGE, ClientLink, Extras
 from forge_contract.errors import Overloaded, VersionMismatch
 from forge_contract.framing import MAX_MESSAGES, decode, encode
-from forge_contract.messages import BROKER_NAME, CALLS, CANCEL, CONTROL, FANOUT, REFUSE, RESULTS, WELCOME
+from forge_contract.messages import BROKER_NAME, CALLS, CANCEL, CONTROL, FANOUT, PARTS, REFUSE, RESULTS, WELCOME
 
 
 class Heard:
@@ -210,7 +210,17 @@ def test_lost_envelopes_are_sent_again_once_and_in_order() -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [[RESULTS, True, [1]], [RESULTS, True, 5, 0, [1]], [99], [26, 1, True, 7, 0], [RESULTS, True, [1], 0, [100]]],
+    [
+        [RESULTS, True, [1]],
+        [RESULTS, True, 5, 0, [1]],
+        [RESULTS, True, [1], 0, [100]],
+        [RESULTS, True, [1, 2], 0, [1]],
+        [RESULTS, True, [1], [0, 0], [1]],
+        [PARTS, True, 1, [[0, 0], [1, 0]], 0, [1]],
+        [PARTS, True, 1, [[0, float("inf")]], 0, [1]],
+        [26, 1, True, 7, 0],
+        [99],
+    ],
 )
 def test_the_brokers_nonsense_is_counted_and_hurts_nobody(message: list[Any]) -> None:
     """W8"""
@@ -220,6 +230,8 @@ def test_the_brokers_nonsense_is_counted_and_hurts_nobody(message: list[Any]) ->
     broker_says(link, 1, [message], b"A")
     assert link.refused_envelopes == 1
     assert not heard.results_of
+    broker_says(link, 2, [[RESULTS, True, [1], 0, [1]]], b"A")
+    assert heard.results_of == {"a": (0, b"A", True)}
 
 
 def test_a_broker_of_another_version_is_told_apart_from_silence() -> None:

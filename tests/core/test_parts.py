@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from forge_broker.core.columns import read_calls
 from forge_broker.core.deadlines import Deadlines, Kind
+from forge_broker.core.events import Stalled
 from forge_broker.core.ledger import Ledger
 from forge_broker.core.queues import Queue
 from forge_broker.core.recovery import backoff_s
@@ -105,6 +106,18 @@ def test_a_rate_is_over_a_window_of_time_at_any_rate() -> None:
     assert window.rate(159.0) == pytest.approx(50_000 / 59)
     assert window.rate(161.0) == 0.0
     assert window.mean_latency_s(1e6) == 0.0
+
+
+def test_the_worst_stall_of_the_loop_is_told_for_a_minute() -> None:
+    """R4: a lesser one does not hide it, and what is long over does not stay."""
+    bench = Bench()
+    for seconds in (0.3, 2.0, 0.1):
+        bench.handle(Stalled(seconds))
+    assert bench.state.loop_lag_s(bench.now) == 2.0
+    bench.advance(61.0)
+    assert bench.state.loop_lag_s(bench.now) == 0.0
+    bench.handle(Stalled(0.1))
+    assert bench.state.loop_lag_s(bench.now) == 0.1
 
 
 def test_the_story_is_a_bounded_ring() -> None:

@@ -216,10 +216,21 @@ def test_what_a_new_connection_lost_is_sent_again() -> None:
 def test_a_malformed_message_is_counted_and_nothing_else_happens() -> None:
     """W8"""
     talk = Talk().assigned()
-    for body in ([DISPATCH, 1], [99], [STOP, "x", "soon"], [DISPATCH, 1, 44, True, [1], 1, [0], {}], [DROP, 5]):
+    malformed: list[list[Any]] = [
+        [DISPATCH, 1],
+        [DISPATCH, 1, 44, True, [1], 1, [0], {}],
+        [DISPATCH, 1, 0, True, [1], 1, [0], []],
+        [DROP],
+        [DROP, 5],
+        [BEGIN, "h", float("inf")],
+        [STOP, "x", "soon"],
+        [99],
+    ]
+    for body in malformed:
         talk.say(body)
     talk.say([BEGIN, "h", 1], payloads=(b"nobody names these",))
-    assert talk.link.refused_messages == 6
+    assert talk.link.refused_messages == len(malformed) + 1
+    assert talk.link.running == {}
     talk.say([STOP, "the link still works", 1.0])
     assert talk.link.take()[-1] == Stop("the link still works", 1.0)
 
