@@ -88,13 +88,16 @@ class Payloads:
 
 
 class Outbox:
-    """What one sender has for one peer in this turn: messages and payloads, until `seal`."""
+    """What one sender has for one peer in this turn: messages and payloads, until `seal`.
 
-    __slots__ = ("_large", "_packed", "body")
+    `packed` is open to those who append a small payload for every call and name its length themselves; all others `attach`.
+    """
+
+    __slots__ = ("_large", "body", "packed")
 
     def __init__(self) -> None:
         self.body: list[Message] = []
-        self._packed: list[bytes] = []
+        self.packed: list[bytes] = []
         self._large: list[Frame] = []
 
     def __len__(self) -> int:
@@ -103,16 +106,16 @@ class Outbox:
     def attach(self, payload: Payload) -> int:
         """Add a payload; returns the size that its message must name. Attach in the order of the messages."""
         if isinstance(payload, bytes):
-            self._packed.append(payload)
+            self.packed.append(payload)
             return len(payload)
         self._large.extend(payload)
         return -len(payload)
 
     def seal(self, sender: str, epoch: int, incarnation: int, number: int, ack: int) -> list[Frame]:
         """The frames of the envelope; the outbox is empty afterwards."""
-        frames = encode(sender, epoch, incarnation, number, ack, self.body, b"".join(self._packed), self._large)
+        frames = encode(sender, epoch, incarnation, number, ack, self.body, b"".join(self.packed), self._large)
         self.body = []
-        self._packed = []
+        self.packed = []
         self._large = []
         return frames
 

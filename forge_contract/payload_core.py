@@ -177,6 +177,10 @@ ENCODERS[Aside] = _encode_aside
 DECODERS[EXT_BUFFER] = _decode_aside
 
 
+def unreadable(error: Exception) -> ProtocolError:
+    return ProtocolError(f"a payload cannot be read: {type(error).__name__}: {error!s:.200}")
+
+
 class Decoder:
     """Reads documents of one payload at one depth; never changes, so those without buffers serve all threads."""
 
@@ -202,7 +206,7 @@ class Decoder:
         except ForgeError:
             raise
         except Exception as error:
-            raise ProtocolError(f"a payload cannot be read: {type(error).__name__}: {error!s:.200}") from error
+            raise unreadable(error) from error
 
     def _extension(self, code: int, data: bytes) -> Any:
         decode = DECODERS.get(code)

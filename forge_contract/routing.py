@@ -128,7 +128,10 @@ class RoundRobinRouter(Router):
         self._last = -1
 
     def get_replica(self, healthy_replicas: Any, sess_id: str | None = None, session_map: Any = None) -> Any:
-        replica = _pool(healthy_replicas).with_room_after(self._last)
+        try:
+            replica = healthy_replicas.with_room_after(self._last)
+        except AttributeError:  # a plain list; asking first would cost every call of the broker's
+            replica = ListPool(healthy_replicas).with_room_after(self._last)
         if replica is None:
             raise LookupError("no healthy replica has room")
         self._last = replica.idx
@@ -142,7 +145,10 @@ class LeastLoadedRouter(Router):
         self._last = -1
 
     def get_replica(self, healthy_replicas: Any, sess_id: str | None = None, session_map: Any = None) -> Any:
-        replica = _pool(healthy_replicas).least_loaded_after(self._last)
+        try:
+            replica = healthy_replicas.least_loaded_after(self._last)
+        except AttributeError:
+            replica = ListPool(healthy_replicas).least_loaded_after(self._last)
         if replica is None:
             raise LookupError("no healthy replica has room")
         self._last = replica.idx

@@ -300,8 +300,15 @@ class ActorHost:
         return coroutine
 
     def _returned(self, call: Call, value: Any) -> None:
-        status, payload = self._outcomes.returned(call.endpoint.name, value, call.endpoint.takes_lists)
-        self._end(call, status, payload)
+        endpoint = call.endpoint
+        status, payload = self._outcomes.returned(endpoint.name, value, endpoint.takes_lists)
+        if self._waiting or endpoint.parked or call.dropped or self._stopping:
+            self._end(call, status, payload)
+        else:  # nobody waits for its room: what `_end` would do, for the many
+            self._active -= 1
+            del self._calls[call.id]
+            self._link.reply(call.id, call.attempt, status, payload)
+            self._on_reply()
 
     def _raised(self, call: Call, error: BaseException) -> None:
         # Whatever it is, the worker goes on (A5). Of a call that was dropped nobody reads it.

@@ -38,16 +38,13 @@ from forge_contract.errors import (
     from_wire,
 )
 from forge_contract.framing import Frame, Payload, encode
-from forge_contract.messages import HEARTBEAT
-from forge_contract.payload import decode_exception, payload_size
+from forge_contract.messages import HEARTBEAT, OK
+from forge_contract.payload import decode, decode_exception, payload_size
 from forge_contract.peer_link import LinkState
 
 _log = logging.getLogger("forge_client")
 _now = time.monotonic
 
-# A turn that resolves hundreds of calls makes hundreds of new ones; sent in one piece, client, broker and workers would take turns
-# instead of working at the same time. Calls gathered together in smaller numbers still travel in one envelope.
-CALLS_A_FLUSH: Final = 128
 GUARD_S: Final = 0.25  # how much later than the broker's our own clock ends a call: its answer says more
 BYE_LINGER_S: Final = 1.0
 # Answered calls stay in the heap of timeouts until their time; past this surplus they are swept out together.
@@ -71,7 +68,6 @@ class Client:
         self._grace_s = 10.0
         self._lag_s = 0.0
         self.flush_due = False  # at the end of this turn: `touch` has been called
-        self.flush_at = 0  # the sequence number that is too many for one turn
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._opened: asyncio.Future[None] = self.loop.create_future()
@@ -124,13 +120,7 @@ class Client:
         """Send what has gathered at the end of this turn of the loop."""
         if not self.flush_due and self.over is None:
             self.flush_due = True
-            self.flush_at = self.link.last_sequence + CALLS_A_FLUSH
             self.loop.call_soon(self._flush)
-
-    def flush_now(self) -> None:
-        """So much has gathered in this turn that broker and workers had better begin; the rest follows at its end."""
-        self.flush_at = self.link.last_sequence + CALLS_A_FLUSH
-        self._send_gathered()
 
     def new_call(self, reader: Reader) -> Call:
         call = Call(loop=self.loop)
@@ -273,9 +263,6 @@ class Client:
 
     def _flush(self) -> None:
         self.flush_due = False
-        self._send_gathered()
-
-    def _send_gathered(self) -> None:
         if self.over is not None:
             return
         now = _now()
@@ -362,7 +349,10 @@ class Client:
             if call is None:
                 continue
             try:
-                value = call.reader.one(status, payload, trusted)
+                reader = call.reader
+                # What `Reader.one` does first, without its call: these are most of all results.
+                plain = status == OK and type(reader) is Reader
+                value = decode(payload, trusted=trusted) if plain else reader.one(status, payload, trusted)
             except Exception as error:
                 # Its own frames say nothing to the caller, and would keep this whole batch in memory.
                 call.set_exception(error.with_traceback(None))

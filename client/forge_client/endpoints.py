@@ -202,8 +202,6 @@ class ServiceEndpoint(_Endpoint):
             call.seq = client.link.submit(target.id, payload, call)
             if not client.flush_due:
                 client.touch()
-            elif call.seq >= client.flush_at:
-                client.flush_now()
         else:
             call.seq = 0
             self._submit(target, call, payload, sess_id, sess_id)

@@ -157,11 +157,6 @@ class ClientLink(PeerLink):
 
     # What the client says.
 
-    @property
-    def last_sequence(self) -> int:
-        """Of the calls submitted so far."""
-        return self._sequence
-
     def submit(
         self,
         endpoint: int,

@@ -30,12 +30,12 @@ class Answers:
 
     def answer(self, call: Request | Gather, status: int, payload: Payload, trusted: bool) -> None:
         """The one reply of this call; of a part of a fan-out, that part."""
-        if isinstance(call, Request) and call.gather is not None:
+        if type(call) is Request and call.gather is not None:
             idx = next(idx for idx, child in call.gather.children.items() if child is call)
             self.gathered(call.gather, idx, {(idx, 0): (status, payload, trusted)})
             return
         client: Client = call.client
-        self._settle(call)
+        self.settle(call, client)
         client.add_result(call.id & SEQUENCE_MASK, status, payload, trusted)
         if not client.delivering:
             self._state.deliver(client)
@@ -54,7 +54,7 @@ class Answers:
         client: Client = call.client
         points = sorted(parts)
         found = [parts[point] for point in points]
-        self._settle(call)
+        self.settle(call, client)
         client.post(
             [
                 PARTS,
@@ -67,9 +67,8 @@ class Answers:
         )
         self._state.deliver(client)
 
-    def _settle(self, call: Request | Gather) -> None:
+    def settle(self, call: Request | Gather, client: Client) -> None:
         """Out of the books: it is answered."""
-        client: Client = call.client
         del client.calls[call.id]
         client.answered += 1
         client.held_bytes -= call.size

@@ -10,7 +10,7 @@ from typing import Any
 
 from forge_broker.core.requests import Request
 from forge_contract.errors import ProtocolError
-from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED
+from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED, spread
 
 _COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "shape"})
 _STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED})
@@ -66,8 +66,8 @@ def read_calls(message: list[Any]) -> tuple[int, list[int], list[int], dict[str,
     return endpoint, sequences, sizes, columns
 
 
-def read_replies(message: list[Any]) -> tuple[int, list[int], Any, Any, list[int]]:
-    """The fields of REPLIES, checked. Raises ProtocolError."""
+def read_replies(message: list[Any]) -> tuple[int, list[int], list[int], list[int], list[int]]:
+    """The fields of REPLIES, checked, every column an array. Raises ProtocolError."""
     if len(message) != 6:
         raise ProtocolError(f"REPLIES has {len(message)} fields instead of 6")
     _, epoch, ids, attempts, statuses, sizes = message
@@ -78,7 +78,7 @@ def read_replies(message: list[Any]) -> tuple[int, list[int], Any, Any, list[int
             raise ProtocolError("REPLIES with columns that do not match")
     if not (_STATUSES.issuperset(statuses) if isinstance(statuses, list) else statuses in _STATUSES):
         raise ProtocolError("REPLIES with an unknown status")
-    return epoch, ids, attempts, statuses, sizes
+    return epoch, ids, spread(attempts, len(ids)), spread(statuses, len(ids)), sizes
 
 
 def _ints(values: Any) -> bool:

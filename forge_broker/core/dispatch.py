@@ -69,12 +69,15 @@ class Dispatch:
         base = request_id(client.id, 0)
         calls = client.calls
         queue = endpoint.queue
-        limit = endpoint.service.config.max_queued_requests
+        service = endpoint.service
+        pool, ready = service.pool, service.ready
+        limit = service.config.max_queued_requests
         timeout = columns.get("timeout")
+        in_order = "priority" not in columns  # else a later item of this envelope may have to come first
         accepted = 0
         held = 0
-        for at, sequence in enumerate(sequences):
-            payload = taken[at]
+        push = queue.push
+        for at, (sequence, payload) in enumerate(zip(sequences, taken, strict=True)):
             size = len(payload) if type(payload) is bytes else weigh(payload)
             key = base + sequence
             if key in calls:
@@ -92,19 +95,23 @@ class Dispatch:
             if request.session is not None:
                 if not self._push_session(request, now):
                     continue
+                calls[key] = request
+            elif in_order and not ready and not queue.length and pool.roomy:
+                calls[key] = request
+                self._route(request, service, now)  # nobody waits and somebody has room: what `pump` would do, at once
             elif queue.length < limit or self._make_room(endpoint, now):
-                queue.push(request)
+                calls[key] = request
+                push(request)
             else:
                 self._answers.reject(client, sequence, self._overloaded(endpoint))
                 continue
-            calls[key] = request
             accepted += 1
             held += size
         client.accepted += accepted
         client.held_bytes += held
         state.held_bytes += held
-        self.wake(endpoint.service, queue)
-        self.pump(endpoint.service, now)
+        self.wake(service, queue)
+        self.pump(service, now)
 
     def fanout(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
         """FANOUT: the call goes to every replica that is healthy now, once, and nowhere else (A5)."""
@@ -297,11 +304,12 @@ class Dispatch:
 
         Called at the end of every envelope that brought calls or freed room, and when a replica becomes healthy. The head of a queue is
         1. of a replica's own queue: dispatched if that replica has room, else the queue leaves the rotation until it has;
-        2. of a session without a replica: its replica is chosen and pinned, and it is dispatched or parked there;
+        2. of a session without a replica: its replica is chosen and pinned, and it joins that replica's own queue;
         3. any other: the endpoint's router chooses; a full choice parks the call in that replica's queue.
         """
         pool = service.pool
         ready = service.ready
+        unpinned = service.unpinned
         while ready and pool.roomy:
             queue = ready[0]
             owner = queue.replica
@@ -310,27 +318,32 @@ class Dispatch:
                 ready.popleft()
                 continue
             request = queue.pop()
-            replica: Replica | None
             if owner is not None:
-                replica = owner
-            elif queue is service.unpinned:
+                self._dispatch(request, owner, now)
+            elif queue is unpinned:
                 replica = self._replica_of_session(service, request, now)
+                if replica is not None:
+                    # Even with room: an older call of its session may be parked there, and must not be overtaken.
+                    replica.parked.push(request)
+                    self.wake(service, replica.parked)
             else:
-                replica = self._choose(request.endpoint.router, request, request.hints, now)
-            if replica is None:
-                pass  # the router failed it
-            elif replica.has_room and not (queue is service.unpinned and replica.parked.length):
-                self._dispatch(request, replica, now)
-            elif queue is not service.unpinned and replica.parked.length >= service.config.max_queued_requests:
-                self._answers.fail(request, self._overloaded(request.endpoint))
-            else:
-                # Even with room: an older call of its session may be parked there, and must not be overtaken.
-                replica.parked.push(request)
-                self.wake(service, replica.parked)
+                self._route(request, service, now)
             if len(ready) > 1:
                 ready.rotate(-1)
         if not pool.members:
             self._await_replica(service, now)
+
+    def _route(self, request: Request, service: Service, now: float) -> None:
+        """A stateless call, while somebody has room: where the router says."""
+        replica = self._choose(request.endpoint.router, request, request.hints, now)
+        if replica is None:
+            return  # the router failed it
+        if service.pool.roomy >> replica.idx & 1:
+            self._dispatch(request, replica, now)
+        elif replica.parked.length >= service.config.max_queued_requests:
+            self._answers.fail(request, self._overloaded(request.endpoint))
+        else:
+            replica.parked.push(request)
 
     def _replica_of_session(self, service: Service, request: Request, now: float) -> Replica | None:
         session: Session = service.sessions[request.session or ""]
@@ -408,9 +421,9 @@ class Dispatch:
         ended = succeeded = 0
         latency_s = 0.0
         untouched: list[Request] = []
-        for at, key in enumerate(ids):
-            attempt = attempts[at] if type(attempts) is list else attempts
-            status = statuses[at] if type(statuses) is list else statuses
+        answer = self._answers.answer
+        trusted = worker.trusted
+        for key, attempt, status, payload in zip(ids, attempts, statuses, taken, strict=True):
             request = held.get(key)
             if request is None or request.attempt != attempt or not current:
                 state.ledger.fenced += 1
@@ -420,11 +433,10 @@ class Dispatch:
                 if request.rank not in (None, worker.rank):
                     state.ledger.fenced += 1
                     continue
-                request.parts[worker.rank] = (status, taken[at], worker.trusted)
+                request.parts[worker.rank] = (status, payload, trusted)
                 if len(request.parts) < (1 if request.rank is not None else len(replica.ranks)):
                     continue
-                if any(part[0] == UNTOUCHED for part in request.parts.values()):
-                    status = UNTOUCHED
+                status = UNTOUCHED if any(part[0] == UNTOUCHED for part in request.parts.values()) else status  # noqa: PLW2901
             del held[key]
             ended += 1
             latency_s += now - request.queued_at
@@ -437,9 +449,9 @@ class Dispatch:
             if status == UNTOUCHED:
                 untouched.append(request)
             elif request.parts is None and request.gather is None and status != DROPPED:
-                self._answers.answer(request, status, taken[at], worker.trusted)
+                answer(request, status, payload, trusted)
             else:
-                self._ended(request, replica, status, taken[at], worker.trusted)
+                self._ended(request, replica, status, payload, trusted)
         if not ended:
             return
         replica.stats.ended(succeeded, ended - succeeded - len(untouched), latency_s, now)

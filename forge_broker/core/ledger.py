@@ -7,6 +7,7 @@ is refused and counted (W3).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ class Ledger:
     """In flight, by replica. Entries of one replica keep the order of their dispatch."""
 
     def __init__(self) -> None:
-        self._held: dict[int, dict[int, Request]] = {}
+        self._held: defaultdict[int, dict[int, Request]] = defaultdict(dict)
         self.fenced = 0  # replies refused, because their attempt or epoch was not the current one
 
     def __repr__(self) -> str:
@@ -25,10 +26,7 @@ class Ledger:
 
     def held_by(self, replica: Any) -> dict[int, Request]:
         """The entries of one replica, by request id. `dispatch` adds and deletes in it, once per call; nobody else does."""
-        held = self._held.get(replica.key)
-        if held is None:
-            held = self._held[replica.key] = {}
-        return held
+        return self._held[replica.key]
 
     def release(self, replica: Any) -> list[Request]:
         """All that the replica holds, in the order of dispatch; it holds nothing afterwards."""

@@ -101,7 +101,12 @@ class Worker(Link):
             group = self._open_dispatch(request, endpoint, flags)
         group[4].append(request.id)
         group[5].append(request.attempt)
-        group[6].append(self.outbox.attach(request.payload))
+        payload = request.payload
+        if type(payload) is bytes:  # `attach`, without the call
+            self.outbox.packed.append(payload)
+            group[6].append(len(payload))
+        else:
+            group[6].append(self.outbox.attach(payload))
         if deadline is not None:
             group[7]["timeout"].append(deadline - now)
         if session is not None:
