@@ -19,13 +19,28 @@ Part = tuple[int, Payload, bool]
 """Status, payload, trusted."""
 
 
+class Run:
+    """Ordinary replies to calls of one client, gathered by `Dispatch.replies` so that the books are kept once for all of them. Who adds
+    one takes the call out of `calls` itself."""
+
+    __slots__ = ("bytes", "calls", "client", "payloads", "sequences", "statuses")
+
+    def __init__(self, client: Client | None = None) -> None:
+        self.client = client
+        self.calls = client.calls if client is not None else {}
+        self.bytes = 0  # arguments of the calls that are answered
+        self.sequences: list[int] = []
+        self.statuses: list[int] = []
+        self.payloads: list[Payload] = []
+
+
 class Answers:
     def __init__(self, state: State) -> None:
         self._state = state
 
     def reject(self, client: Client, sequence: int, error: ForgeError) -> None:
         """Answered before it was accepted: it was never in our books."""
-        client.add_result(sequence, FAILED, packed(error), True)
+        client.add_results([sequence], [FAILED], [packed(error)], True)
         self._state.deliver(client)
 
     def answer(self, call: Request | Gather, status: int, payload: Payload, trusted: bool) -> None:
@@ -36,9 +51,20 @@ class Answers:
             return
         client: Client = call.client
         self.settle(call, client)
-        client.add_result(call.id & SEQUENCE_MASK, status, payload, trusted)
+        client.add_results([call.id & SEQUENCE_MASK], [status], [payload], trusted)
         if not client.delivering:
             self._state.deliver(client)
+
+    def answer_run(self, run: Run, trusted: bool) -> None:
+        """The one reply of each of these."""
+        client = run.client
+        if client is None:
+            return
+        client.answered += len(run.sequences)
+        client.held_bytes -= run.bytes
+        self._state.held_bytes -= run.bytes
+        client.add_results(run.sequences, run.statuses, run.payloads, trusted)
+        self._state.deliver(client)
 
     def fail(self, call: Request | Gather, error: ForgeError) -> None:
         """Answer with one of our own errors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from forge_broker.core.links import Link
 from forge_broker.core.requests import Gather, Request
@@ -27,14 +27,14 @@ class Client(Link):
         self.services: set[int] = set()  # that end with it
         self.sessions: set[tuple[int, str]] = set()  # (service id, session id)
 
-    def add_result(self, sequence: int, status: int, payload: Payload, trusted: bool) -> None:
+    def add_results(self, sequences: list[int], statuses: list[int], payloads: list[Payload], trusted: bool) -> None:
         group = self.group
         if group is None or group[1] is not trusted:
             group = self.open_group([RESULTS, trusted, [], [], []])
-        group[2].append(sequence)
-        group[3].append(status)
-        if type(payload) is bytes:  # `attach`, without the call
-            self.outbox.packed.append(payload)
-            group[4].append(len(payload))
+        group[2] += sequences
+        group[3] += statuses
+        if list not in set(map(type, payloads)):  # `attach`, without a call for each
+            self.outbox.packed += cast(list[bytes], payloads)
+            group[4] += map(len, payloads)
         else:
-            group[4].append(self.outbox.attach(payload))
+            group[4] += map(self.outbox.attach, payloads)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from forge_broker.core.answers import Answers, packed
+from forge_broker.core.answers import Answers, Run, packed
 from forge_broker.core.clients import Client
 from forge_broker.core.columns import fill, read_calls, read_replies
 from forge_broker.core.deadlines import Kind
@@ -38,7 +38,7 @@ from forge_contract.errors import (
     UnknownSession,
 )
 from forge_contract.framing import Payload, Payloads, weigh
-from forge_contract.messages import DROPPED, FAILED, OK, UNTOUCHED, request_id, sequence_of, show_request
+from forge_contract.messages import DROPPED, FAILED, OK, SEQUENCE_MASK, UNTOUCHED, request_id, sequence_of, show_request
 
 METRICS_EVERY_S = 1.0
 PRUNE_FROM = 10_000  # deadlines; below it, looking for outdated ones is not worth it
@@ -379,7 +379,7 @@ class Dispatch:
 
     def _dispatch(self, request: Request, replica: Replica, now: float) -> None:
         state = self._state
-        held = state.ledger.held_by(replica)
+        held = state.ledger.held[replica.key]
         if request.id in held:
             # An id used again while the replica still ends the call that had it; fencing could not tell the two apart.
             why = f"id {show_request(request.id)} is still in use by a call that was given up"
@@ -416,13 +416,13 @@ class Dispatch:
         if replica is None:
             state.ledger.fenced += len(ids)
             return
-        held = state.ledger.held_by(replica)
+        held = state.ledger.held[replica.key]
         current = epoch == replica.epoch
         ended = succeeded = 0
         latency_s = 0.0
         untouched: list[Request] = []
-        answer = self._answers.answer
         trusted = worker.trusted
+        run = Run()  # of ordinary ends, all of one client: nearly always all of them
         for key, attempt, status, payload in zip(ids, attempts, statuses, taken, strict=True):
             request = held.get(key)
             if request is None or request.attempt != attempt or not current:
@@ -449,9 +449,17 @@ class Dispatch:
             if status == UNTOUCHED:
                 untouched.append(request)
             elif request.parts is None and request.gather is None and status != DROPPED:
-                answer(request, status, payload, trusted)
+                if request.client is not run.client:
+                    self._answers.answer_run(run, trusted)
+                    run = Run(request.client)
+                del run.calls[key]
+                run.bytes += request.size
+                run.sequences.append(key & SEQUENCE_MASK)
+                run.statuses.append(status)
+                run.payloads.append(payload)
             else:
                 self._ended(request, replica, status, payload, trusted)
+        self._answers.answer_run(run, trusted)
         if not ended:
             return
         replica.stats.ended(succeeded, ended - succeeded - len(untouched), latency_s, now)

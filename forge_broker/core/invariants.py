@@ -82,7 +82,7 @@ def _replicas(broker: Broker) -> list[str]:
         if service.pool.roomy != roomy:
             wrong.append(f"{service!r}: room {service.pool.roomy:b}, should be {roomy:b}")
         for replica in service.replicas.values():
-            held = len(state.ledger.held_by(replica))
+            held = len(state.ledger.held[replica.key])
             if not held == replica.active <= replica.limit:
                 wrong.append(f"{replica!r} holds {held} in the ledger, active is {replica.active}")
             if replica.state is ReplicaState.HEALTHY and not all(

@@ -15,24 +15,23 @@ from forge_broker.core.requests import Request
 
 
 class Ledger:
-    """In flight, by replica. Entries of one replica keep the order of their dispatch."""
+    """In flight: `held[replica.key]` has the requests of one replica by id, in the order of their dispatch. `dispatch` adds and
+    deletes there, once per call; nobody else does."""
 
     def __init__(self) -> None:
-        self._held: defaultdict[int, dict[int, Request]] = defaultdict(dict)
+        self.held: defaultdict[int, dict[int, Request]] = defaultdict(dict)
         self.fenced = 0  # replies refused, because their attempt or epoch was not the current one
 
     def __repr__(self) -> str:
-        return f"<Ledger {sum(map(len, self._held.values()))} in flight on {len(self._held)} replicas, {self.fenced} fenced>"
-
-    def held_by(self, replica: Any) -> dict[int, Request]:
-        """The entries of one replica, by request id. `dispatch` adds and deletes in it, once per call; nobody else does."""
-        return self._held[replica.key]
+        return (
+            f"<Ledger {sum(map(len, self.held.values()))} in flight on {len(self.held)} replicas, {self.fenced} fenced>"
+        )
 
     def release(self, replica: Any) -> list[Request]:
         """All that the replica holds, in the order of dispatch; it holds nothing afterwards."""
-        return list(self._held.pop(replica.key, {}).values())
+        return list(self.held.pop(replica.key, {}).values())
 
     def __iter__(self) -> Iterator[tuple[int, Request]]:
-        for key, held in self._held.items():
+        for key, held in self.held.items():
             for request in held.values():
                 yield key, request

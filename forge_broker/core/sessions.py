@@ -64,7 +64,7 @@ class Sessions:
         if idx is None:
             return False
         replica = service.replicas[idx]
-        held = self._state.ledger.held_by(replica).values()
+        held = self._state.ledger.held[replica.key].values()
         return any(request.session == sid for request in held) or any(
             request.session == sid for request in replica.parked
         )

@@ -18,7 +18,7 @@ def lose_an_answer(state: Any, service: Any) -> None:
 
 
 def hold_twice(state: Any, service: Any) -> None:
-    (request, *_) = state.ledger.held_by(service.replicas[0]).values()
+    (request, *_) = state.ledger.held[service.replicas[0].key].values()
     service.endpoints[0].queue.push(request)
 
 

@@ -63,8 +63,8 @@ def test_release_gives_back_what_a_replica_held_in_the_order_of_dispatch_and_not
     ledger, one, two = Ledger(), SimpleNamespace(key=1), SimpleNamespace(key=2)
     made = [request(key) for key in (5, 3, 9)]
     for each in made:
-        ledger.held_by(one)[each.id] = each
-    ledger.held_by(two)[4] = other = request(4)
+        ledger.held[one.key][each.id] = each
+    ledger.held[two.key][4] = other = request(4)
     assert ledger.release(one) == made
     assert ledger.release(one) == []
     assert list(ledger) == [(2, other)]
