@@ -28,7 +28,9 @@ for name in [name for name in os.environ if name.startswith("FORGE_")]:
 os.environ[MARK] = uuid.uuid4().hex
 
 # A deadline measures the machine, and this suite runs where two cores are shared with worker processes.
-hypothesis.settings.register_profile("forge", deadline=None)
+# Derandomised: a run of the suite proves the same every time; who wants to search on says `--hypothesis-profile=search`.
+hypothesis.settings.register_profile("forge", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("forge")
 
 

@@ -23,7 +23,7 @@ def hold_twice(state: Any, service: Any) -> None:
 
 
 def hold_nowhere(state: Any, service: Any) -> None:
-    state.ledger.held_by(service.replicas[0]).popitem()
+    state.ledger.held[service.replicas[0].key].popitem()
 
 
 def miscount_bytes(state: Any, service: Any) -> None:
