@@ -18,6 +18,7 @@ from forge_broker.core.clients import Client
 from forge_broker.core.control import Control
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.endings import Endings
 from forge_broker.core.events import (
     Event,
     LaunchEnded,
@@ -56,7 +57,8 @@ class Broker:
         self.state = state
         answers = Answers(self.state)
         self.sessions = Sessions(self.state, answers)
-        self.dispatch = Dispatch(self.state, answers, self.sessions)
+        self.dispatch = Dispatch(self.state, answers)
+        self.endings = Endings(self.state, answers, self.sessions)
         self.lifecycle = Lifecycle(self.state, self.dispatch, self.sessions)
         self.control = Control(self.state, self.sessions, self.lifecycle)
 
@@ -123,7 +125,7 @@ class Broker:
     def _look_at(self, kind: Kind, key: Any, now: float) -> None:
         state = self.state
         if kind is Kind.CALL:
-            self.dispatch.expire(key, now)
+            self.endings.expire(key, now)
         elif kind is Kind.LINK:
             self._link_due(key, now)
         elif kind is Kind.SILENCE:
@@ -178,7 +180,7 @@ class Broker:
         # A tool that only looks comes and goes with every `forge status`.
         state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
         del state.links[client.name]
-        self.dispatch.drop_client(client, now)
+        self.endings.drop_client(client, now)
         del state.clients[client.id]
         for service_id in list(client.services):
             service = state.services.get(service_id)
@@ -374,7 +376,7 @@ class Broker:
             elif kind == messages.CONTROL:
                 self.control.handle(client, message, payloads, now)
             elif kind == messages.CANCEL:
-                self.dispatch.cancel(client, message, now)
+                self.endings.cancel(client, message, now)
             elif kind == messages.FANOUT:
                 self.dispatch.fanout(client, message, payloads, now)
             elif kind == messages.BYE:

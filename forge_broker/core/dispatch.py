@@ -19,13 +19,11 @@ from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica
 from forge_broker.core.requests import Gather, Request
 from forge_broker.core.services import Endpoint, Service, Session
-from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
 from forge_broker.core.workers import Worker
 from forge_contract.errors import (
     BadCall,
     CallCancelled,
-    CallTimeout,
     ForgeError,
     NoHealthyReplicas,
     OutcomeUnknown,
@@ -45,10 +43,9 @@ PRUNE_FROM = 10_000  # deadlines; below it, looking for outdated ones is not wor
 
 
 class Dispatch:
-    def __init__(self, state: State, answers: Answers, sessions: Sessions) -> None:
+    def __init__(self, state: State, answers: Answers) -> None:
         self._state = state
         self._answers = answers
-        self._sessions = sessions
         self._prune_at = PRUNE_FROM
 
     # From clients.
@@ -152,72 +149,6 @@ class Dispatch:
             self._answers.fail(gather, self._no_replicas(service, 0.0))
             return
         self.pump(service, now)
-
-    def cancel(self, client: Client, message: list[Any], now: float) -> None:
-        """CANCEL: nobody waits for these any more."""
-        if len(message) != 2 or not isinstance(message[1], list):
-            raise ProtocolError("CANCEL is [18, seqs]")
-        for sequence in message[1]:
-            call = client.calls.get(request_id(client.id, sequence)) if type(sequence) is int else None
-            if call is not None:
-                self.end_early(call, CallCancelled(endpoint=call.endpoint.full_name, why="its caller gave up"), now)
-
-    def expire(self, key: int, now: float) -> None:
-        """A call's time may be up; the entry stays in the heap when a call is answered, so look first."""
-        client = self._state.clients.get(key >> 40)
-        call = client.calls.get(key) if client is not None else None
-        if call is None or call.deadline is None or call.deadline > now:
-            return
-        queued = isinstance(call, Request) and isinstance(call.holder, Queue)
-        self.end_early(
-            call,
-            CallTimeout(
-                endpoint=call.endpoint.full_name,
-                timeout_s=round(call.deadline - call.queued_at, 3),
-                state="queued" if queued else "running",
-            ),
-            now,
-        )
-
-    def end_early(self, call: Request | Gather, error: ForgeError, now: float) -> None:
-        """Answer now; what is queued leaves its queue, what runs is dropped and gives its room back when it has ended (F5)."""
-        if isinstance(call, Gather):
-            for child in call.children.values():
-                self._let_go(child, now)
-            call.children.clear()
-        else:
-            self._let_go(call, now)
-        self._answers.fail(call, error)
-
-    def drop_client(self, client: Client, now: float) -> None:
-        """The client is gone: nobody waits for any of its calls."""
-        for call in list(client.calls.values()):
-            self.end_early(call, CallCancelled(endpoint=call.endpoint.full_name, why="its client is gone"), now)
-        touched = {session[0] for session in client.sessions}
-        for service_id in touched:
-            service = self._state.services.get(service_id)
-            for sid in [sid for owner, sid in client.sessions if owner == service_id]:
-                if service is not None:
-                    self._sessions.close(service, sid, "its client is gone", now)
-
-    def _let_go(self, request: Request, now: float) -> None:
-        if isinstance(request.holder, Queue):
-            self._unqueue(request)
-        elif isinstance(request.holder, Replica):
-            request.answered = True
-            replica = request.holder
-            self._state.story.tell(now, show_request(request.id), f"dropped while it ran on {replica.name}")
-            for worker in self._targets(replica, request):
-                worker.add_drop(request.id)
-                self._state.deliver(worker)
-
-    def _unqueue(self, request: Request) -> None:
-        queue: Queue = request.holder
-        queue.remove(request)
-        request.holder = None
-        service: Service = request.endpoint.service
-        if queue is service.unpinned and request.session in service.sessions:
-            service.sessions[request.session].unpinned -= 1
 
     # Acceptance.
 
@@ -394,16 +325,11 @@ class Dispatch:
         ranks = replica.ranks
         if len(ranks) > 1:
             request.parts = {}
-            ranks = self._targets(replica, request)
+            ranks = replica.ranks_for(request.rank)
         for worker in ranks:
             worker.add_dispatch(request, endpoint, now)
             if not worker.delivering:
                 state.deliver(worker)
-
-    def _targets(self, replica: Replica, request: Request) -> list[Worker]:
-        """The workers that run this call on this replica: every rank, or the one it was meant for."""
-        ranks = replica.ranks if request.rank is None else replica.ranks[request.rank : request.rank + 1]
-        return [worker for worker in ranks if worker is not None]
 
     # From workers.
 
@@ -597,7 +523,7 @@ class Dispatch:
             for request in list(queue):
                 waiting_since = max(request.queued_at, service.unhealthy_since)
                 if now - waiting_since >= grace - 1e-6:
-                    self._unqueue(request)
+                    service.unqueue(request)
                     self._answers.fail(request, self._no_replicas(service, grace))
                 else:
                     oldest = waiting_since if oldest is None else min(oldest, waiting_since)

@@ -122,6 +122,11 @@ class Replica:
     def __repr__(self) -> str:
         return f"<Replica {self._name} {self.state.value} {self.active}/{self.limit} in flight>"
 
+    def ranks_for(self, rank: int | None) -> list[Any]:
+        """The workers that run a call: every rank, or the one it is meant for."""
+        ranks = self.ranks if rank is None else self.ranks[rank : rank + 1]
+        return [worker for worker in ranks if worker is not None]
+
     def move(self, move: ReplicaMove) -> None:
         """Along the table; an impossible move is a bug and says so with everything it knows."""
         after = MOVES[self.state].get(move)

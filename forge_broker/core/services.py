@@ -11,6 +11,7 @@ from typing import Any
 
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaPool
+from forge_broker.core.requests import Request
 from forge_contract.config import EndpointOptions, ServiceConfig
 from forge_contract.errors import ConfigError, TrustRequired
 from forge_contract.framing import Payload
@@ -153,6 +154,14 @@ class Service:
         idx = self.pins.pop(session, None)
         if idx is not None and idx in self.replicas:
             self.replicas[idx].sessions -= 1
+
+    def unqueue(self, request: Request) -> None:
+        """Take a waiting call out of whichever queue of ours has it."""
+        queue: Queue = request.holder
+        queue.remove(request)
+        request.holder = None
+        if queue is self.unpinned and request.session in self.sessions:
+            self.sessions[request.session].unpinned -= 1
 
     def free_idx(self) -> int:
         """The lowest replica number not in use: names stay short however often it scales."""
