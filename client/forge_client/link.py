@@ -31,8 +31,6 @@ from forge_contract.messages import (
 )
 from forge_contract.peer_link import LinkState, PeerLink
 
-# A frame of its own from here on: the packed frame is copied once more on its way, large frames are not.
-PACK_BELOW: Final = 32 << 10
 # An envelope is sealed when it has so many bytes: what follows may be worked on while it still travels.
 ENVELOPE_BYTES: Final = 16 << 20
 CALLS_A_MESSAGE: Final = 4096

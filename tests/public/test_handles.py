@@ -175,3 +175,17 @@ def _running(count: int) -> Callable[[], Any]:
         return sum(running) == count
 
     return holds
+
+
+async def test_sessions_are_counted_per_replica() -> None:
+    """X4, S2: two sessions go to two replicas, the least loaded in turn, and the metrics say where they live."""
+    service = await Echo.options(num_replicas=2).as_service()
+    async with service.session(), service.session():
+        first, second = await service.start_session(), await service.start_session()
+        for session in (first, second):
+            await service.echo.route("pin", sess_id=session)
+        metrics = await service.get_metrics()
+        assert metrics.get_sessions_per_replica() == {0: 1, 1: 1}
+        assert metrics.total_sessions == 4  # the two of the blocks have made no call, so they are pinned nowhere
+        state = await service.state()
+        assert sorted(state["session_replica_map"].items()) == sorted([(first, 0), (second, 1)])
