@@ -59,6 +59,10 @@ class Pool:
     def __iter__(self) -> Iterator[Any]:
         return (self[position] for position in range(len(self)))
 
+    def count_with_room(self) -> int:
+        """How many have room."""
+        raise NotImplementedError
+
     def with_room_after(self, idx: int) -> Any | None:
         """The next replica with room in cyclic order of idx, after `idx` (-1: the first)."""
         raise NotImplementedError
@@ -77,6 +81,9 @@ class ListPool(Pool):
 
     def __getitem__(self, position: Any, /) -> Any:
         return self._replicas[position]
+
+    def count_with_room(self) -> int:
+        return sum(replica.has_room for replica in self._replicas)
 
     def with_room_after(self, idx: int) -> Any | None:
         roomy = [replica for replica in self._replicas if replica.has_room]
@@ -136,6 +143,19 @@ class RoundRobinRouter(Router):
             raise LookupError("no healthy replica has room")
         self._last = replica.idx
         return replica
+
+    def deal(self, pool: Pool, count: int) -> Iterator[tuple[Any, int]]:
+        """The choices for `count` calls that come together, one share for each replica with room: calls side by side in an
+        envelope stay side by side, and the books are kept once for each share. Who iterates dispatches each share
+        before asking for the next; fewer than `count` are dealt when room runs out."""
+        while count > 0 and (roomy := pool.count_with_room()):
+            share = -(-count // roomy)
+            for _ in range(min(roomy, -(-count // share))):
+                replica = _chosen(pool.with_room_after(self._last))
+                dealt = min(share, count, replica.max_concurrent_requests - replica.active_requests)
+                self._last = replica.idx
+                count -= dealt
+                yield replica, dealt
 
 
 class LeastLoadedRouter(Router):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from forge_broker.core.links import Link
 from forge_broker.core.requests import Gather, Request
@@ -33,8 +33,4 @@ class Client(Link):
             group = self.open_group([RESULTS, trusted, [], [], []])
         group[2] += sequences
         group[3] += statuses
-        if list not in set(map(type, payloads)):  # `attach`, without a call for each
-            self.outbox.packed += cast(list[bytes], payloads)
-            group[4] += map(len, payloads)
-        else:
-            group[4] += map(self.outbox.attach, payloads)
+        group[4] += self.outbox.attach_all(payloads)

@@ -9,6 +9,8 @@ taken in whole.
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from forge_broker.core.answers import Answers, Run, packed
@@ -67,13 +69,11 @@ class Dispatch:
         calls = client.calls
         queue = endpoint.queue
         service = endpoint.service
-        pool, ready = service.pool, service.ready
-        limit = service.config.max_queued_requests
         timeout = columns.get("timeout")
         in_order = "priority" not in columns  # else a later item of this envelope may have to come first
-        accepted = 0
+        accepted = len(calls)
         held = 0
-        push = queue.push
+        stateless: list[Request] = []
         for at, (sequence, payload) in enumerate(zip(sequences, taken, strict=True)):
             size = len(payload) if type(payload) is bytes else weigh(payload)
             key = base + sequence
@@ -87,28 +87,34 @@ class Dispatch:
                     why = f"rank {request.rank} of a mesh of {endpoint.service.config.world}"
                     self._answers.reject(client, sequence, BadCall(endpoint=endpoint.full_name, why=why))
                     continue
-            if timeout is not None:
-                self._set_deadline(request, timeout[at] if isinstance(timeout, list) else timeout, now)
-            if request.session is not None:
-                if not self._push_session(request, now):
-                    continue
-                calls[key] = request
-            elif in_order and not ready and not queue.length and pool.roomy:
-                calls[key] = request
-                self._route(request, service, now)  # nobody waits and somebody has room: what `pump` would do, at once
-            elif queue.length < limit or self._make_room(endpoint, now):
-                calls[key] = request
-                push(request)
-            else:
-                self._answers.reject(client, sequence, self._overloaded(endpoint))
+                if timeout is not None:
+                    self._set_deadline(request, timeout[at] if isinstance(timeout, list) else timeout, now)
+            if request.session is None:
+                stateless.append(request)
+            elif not self._push_session(request, now):
                 continue
-            accepted += 1
+            calls[key] = request
             held += size
-        client.accepted += accepted
+        client.accepted += len(calls) - accepted
         client.held_bytes += held
         state.held_bytes += held
-        self.wake(service, queue)
+        if stateless:
+            routed = 0
+            if in_order and not service.ready and not queue.length:
+                routed = self._route_all(stateless, endpoint, now)  # nobody waits: what `pump` would do, at once
+            self._enqueue(stateless[routed:], endpoint, now)
         self.pump(service, now)
+
+    def _enqueue(self, requests: list[Request], endpoint: Endpoint, now: float) -> None:
+        """Into the endpoint's queue, as many as its limit allows."""
+        queue = endpoint.queue
+        limit = endpoint.service.config.max_queued_requests
+        for request in requests:
+            if queue.length < limit or self._make_room(endpoint, now):
+                queue.push(request)
+            else:
+                self._answers.fail(request, self._overloaded(endpoint))
+        self.wake(endpoint.service, queue)
 
     def fanout(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
         """FANOUT: the call goes to every replica that is healthy now, once, and nowhere else (A5)."""
@@ -248,21 +254,42 @@ class Dispatch:
                 queue.waiting = False
                 ready.popleft()
                 continue
-            request = queue.pop()
+            alone = len(ready) == 1
             if owner is not None:
-                self._dispatch(request, owner, now)
+                self._dispatch_mixed(queue.take(owner.limit - owner.active if alone else 1), owner, now)
             elif queue is unpinned:
+                request = queue.pop()
                 replica = self._replica_of_session(service, request, now)
                 if replica is not None:
                     # Even with room: an older call of its session may be parked there, and must not be overtaken.
                     replica.parked.push(request)
                     self.wake(service, replica.parked)
+            elif alone and queue.deal is not None:
+                for replica, count in queue.deal(pool, queue.length):
+                    self._dispatch_mixed(queue.take(count), replica, now)
             else:
-                self._route(request, service, now)
+                self._route(queue.pop(), service, now)
             if len(ready) > 1:
                 ready.rotate(-1)
         if not pool.members:
             self._await_replica(service, now)
+
+    def _route_all(self, requests: list[Request], endpoint: Endpoint, now: float) -> int:
+        """Stateless calls of one endpoint, from the first on while somebody has room: how many found a replica."""
+        service: Service = endpoint.service
+        pool = service.pool
+        routed = 0
+        if endpoint.queue.deal is not None and len(requests) > 1:
+            for replica, count in endpoint.queue.deal(pool, len(requests)):
+                self._dispatch(requests[routed : routed + count], replica, now)
+                routed += count
+            return routed
+        for request in requests:
+            if not pool.roomy:
+                break
+            self._route(request, service, now)
+            routed += 1
+        return routed
 
     def _route(self, request: Request, service: Service, now: float) -> None:
         """A stateless call, while somebody has room: where the router says."""
@@ -270,7 +297,7 @@ class Dispatch:
         if replica is None:
             return  # the router failed it
         if service.pool.roomy >> replica.idx & 1:
-            self._dispatch(request, replica, now)
+            self._dispatch([request], replica, now)
         elif replica.parked.length >= service.config.max_queued_requests:
             self._answers.fail(request, self._overloaded(request.endpoint))
         else:
@@ -308,28 +335,45 @@ class Dispatch:
         self._answers.fail(request, RouterError(router=repr(router), endpoint=endpoint.full_name, why=why))
         return None
 
-    def _dispatch(self, request: Request, replica: Replica, now: float) -> None:
+    def _dispatch_mixed(self, requests: list[Request], replica: Replica, now: float) -> None:
+        """Those of a queue that endpoints share, in order."""
+        for _, some in groupby(requests, attrgetter("endpoint")):
+            self._dispatch(list(some), replica, now)
+
+    def _dispatch(self, requests: list[Request], replica: Replica, now: float) -> None:
+        """Calls of one endpoint to a replica with room for them; the books are kept once for all."""
         state = self._state
         held = state.ledger.held[replica.key]
-        if request.id in held:
-            # An id used again while the replica still ends the call that had it; fencing could not tell the two apart.
-            why = f"id {show_request(request.id)} is still in use by a call that was given up"
-            self._answers.fail(request, ProtocolError(why))
+        keys = [request.id for request in requests]
+        if not held.keys().isdisjoint(keys):
+            requests = [request for request in requests if not self._reuses(request, held)]
+            keys = [request.id for request in requests]
+        for request in requests:
+            request.attempt += 1
+            request.started_at = now
+            request.holder = replica
+        held.update(zip(keys, requests, strict=True))
+        replica.pool.took(replica, len(keys))  # type: ignore[union-attr]  # it has room, so it is in a pool
+        if len(replica.ranks) == 1:
+            self._send(requests, replica.ranks[0], now)
             return
-        request.attempt += 1
-        request.started_at = now
-        request.holder = replica
-        held[request.id] = request
-        replica.pool.took(replica)  # type: ignore[union-attr]  # it has room, so it is in a pool
-        endpoint: Endpoint = request.endpoint
-        ranks = replica.ranks
-        if len(ranks) > 1:
+        for request in requests:
             request.parts = {}
-            ranks = replica.ranks_for(request.rank)
-        for worker in ranks:
-            worker.add_dispatch(request, endpoint, now)
-            if not worker.delivering:
-                state.deliver(worker)
+            for worker in replica.ranks_for(request.rank):
+                self._send([request], worker, now)
+
+    def _send(self, requests: list[Request], worker: Worker, now: float) -> None:
+        if requests:
+            worker.add_dispatch(requests, requests[0].endpoint, now)
+            self._state.deliver(worker)
+
+    def _reuses(self, request: Request, held: dict[int, Request]) -> bool:
+        """An id used again while the replica still ends the call that had it: fencing could not tell the two apart."""
+        if request.id not in held:
+            return False
+        why = f"id {show_request(request.id)} is still in use by a call that was given up"
+        self._answers.fail(request, ProtocolError(why))
+        return True
 
     # From workers.
 

@@ -6,7 +6,7 @@ takes calls back from what is lost and serves what became healthy. The lives the
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from forge_broker.core.actions import Exit, Kill, KillPeer
 from forge_broker.core.actions import Launch as LaunchAction
@@ -26,6 +26,7 @@ from forge_contract.config import ServiceConfig
 from forge_contract.errors import ConfigError, ForgeError, ProtocolError, ServiceStopped, StartFailed
 from forge_contract.framing import Payload
 from forge_contract.messages import ANSWER, ASSIGN, BEGIN, NOTICE, STOP
+from forge_contract.routing import RoundRobinRouter
 
 KILL_AFTER_GRACE_S: Final = 3.0  # for teardown, beyond the grace for running calls
 _KEPT: Final = "kept for the successor of "  # with spaces, which no name of a worker or a replica has
@@ -63,6 +64,10 @@ class Lifecycle:
             # An actor's calls keep their order across its endpoints (A6), so they share a queue.
             queue = shared if service.kind == "actor" else Queue(where)
             service.endpoints.append(Endpoint(service, state.next_id(), method, one, router, queue))
+        for endpoint in service.endpoints:
+            same = [one.router for one in service.endpoints if one.queue is endpoint.queue]
+            if all(type(router) is RoundRobinRouter for router in same):
+                endpoint.queue.deal = cast(RoundRobinRouter, same[0]).deal
         state.services[service.id] = service
         state.names[name] = service
         state.endpoints.update({endpoint.id: endpoint for endpoint in service.endpoints})

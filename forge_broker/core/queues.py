@@ -7,21 +7,24 @@ replica's calls) are both constant time, which is why each priority is an Ordere
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from forge_broker.core.requests import Request
+from forge_contract.routing import Pool
 
 
 class Queue:
-    """`replica`: set when only that replica may take from here. `waiting`: whether the pump has it in its rotation."""
+    """`replica`: set when only that replica may take from here. `waiting`: whether the pump has it in its rotation. `deal`: the
+    router's answer for many calls at once, where it has one for all calls of this queue (`RoundRobinRouter.deal`)."""
 
-    __slots__ = ("_levels", "_order", "length", "name", "replica", "waiting")
+    __slots__ = ("_levels", "_order", "deal", "length", "name", "replica", "waiting")
 
     def __init__(self, name: str, replica: Any = None) -> None:
         self.name = name
         self.replica = replica
         self.waiting = False
+        self.deal: Callable[[Pool, int], Iterator[tuple[Any, int]]] | None = None
         self.length = 0
         self._levels: dict[int, OrderedDict[int, Request]] = {0: OrderedDict()}
         self._order = [0]  # priorities, highest first
@@ -66,6 +69,16 @@ class Queue:
                 self.length -= 1
                 return level.popitem(last=False)[1]
         raise LookupError(f"{self!r} is empty")
+
+    def take(self, count: int) -> list[Request]:
+        """The first `count`, or all there are."""
+        taken: list[Request] = []
+        for priority in self._order:
+            level = self._levels[priority]
+            while level and len(taken) < count:
+                taken.append(level.popitem(last=False)[1])
+        self.length -= len(taken)
+        return taken
 
     def remove(self, request: Request) -> None:
         del self._levels[request.priority][request.id]

@@ -221,14 +221,14 @@ class ReplicaPool(Pool):
         self._by_load[load] |= bit
         self._lowest = min(self._lowest, load)
 
-    def took(self, replica: Replica) -> None:
-        """The replica has one more call in flight."""
+    def took(self, replica: Replica, count: int = 1) -> None:
+        """The replica, which had the room, has `count` more calls in flight."""
         load = replica.active
-        replica.active = load + 1
+        replica.active = load + count
         bit = 1 << replica.idx
         self._by_load[load] ^= bit
-        if load + 1 < replica.limit:
-            self._by_load[load + 1] |= bit
+        if load + count < replica.limit:
+            self._by_load[load + count] |= bit
         else:
             self.roomy ^= bit
 
@@ -241,6 +241,9 @@ class ReplicaPool(Pool):
         if before < replica.limit:
             self._by_load[before] ^= 1 << replica.idx
         self._set(replica.idx, before - count)
+
+    def count_with_room(self) -> int:
+        return self.roomy.bit_count()
 
     def with_room_after(self, idx: int) -> Replica | None:
         roomy = self.roomy

@@ -87,30 +87,31 @@ class Worker(Link):
             raise RuntimeError(f"{self!r} cannot take the move {move.value!r}")
         self.state = after
 
-    def add_dispatch(self, request: Request, endpoint: Any, now: float) -> None:
+    def add_dispatch(self, requests: list[Request], endpoint: Any, now: float) -> None:
         """Append to the open column group; a new one when method, trust or the set of columns differ."""
-        flags = _CLIENT if endpoint.ordered else 0
-        deadline = request.deadline
-        session = request.session
-        if deadline is not None:
-            flags |= _TIMEOUT
-        if session is not None:
-            flags |= _SESSION
+        deadlines = [request.deadline for request in requests]
+        sessions = [request.session for request in requests]
+        first = requests[0]
+        timed, bound = None not in deadlines, None not in sessions
+        if len(requests) > 1 and (
+            (not timed and any(one is not None for one in deadlines))
+            or (not bound and any(sessions))
+            or any(request.trusted is not first.trusted for request in requests)
+        ):
+            for request in requests:  # not of one kind
+                self.add_dispatch([request], endpoint, now)
+            return
+        flags = (_CLIENT if endpoint.ordered else 0) | (_TIMEOUT if timed else 0) | (_SESSION if bound else 0)
         group = self.group
-        if group is None or group[2] != endpoint.method or group[3] is not request.trusted or self._flags != flags:
-            group = self._open_dispatch(request, endpoint, flags)
-        group[4].append(request.id)
-        group[5].append(request.attempt)
-        payload = request.payload
-        if type(payload) is bytes:  # `attach`, without the call
-            self.outbox.packed.append(payload)
-            group[6].append(len(payload))
-        else:
-            group[6].append(self.outbox.attach(payload))
-        if deadline is not None:
-            group[7]["timeout"].append(deadline - now)
-        if session is not None:
-            group[7]["session"].append(session)
+        if group is None or group[2] != endpoint.method or group[3] is not first.trusted or self._flags != flags:
+            group = self._open_dispatch(first, endpoint, flags)
+        group[4] += [request.id for request in requests]
+        group[5] += [request.attempt for request in requests]
+        group[6] += self.outbox.attach_all([request.payload for request in requests])
+        if timed:
+            group[7]["timeout"] += [deadline - now for deadline in deadlines if deadline is not None]
+        if bound:
+            group[7]["session"] += sessions
 
     def _open_dispatch(self, request: Request, endpoint: Any, flags: int) -> list[Any]:
         columns: dict[str, Any] = {}

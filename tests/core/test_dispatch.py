@@ -521,9 +521,9 @@ def test_a_worker_that_gives_calls_back_gets_no_new_ones() -> None:
     running, given = one.calls
     one.calls = [given]
     one.reply(status=UNTOUCHED)
-    assert two.seen == [b"b", b"c"]
+    assert two.seen == [b"c", b"b"]
     client.call(endpoint, b"d")
-    assert one.seen == [b"a", b"c"]
+    assert one.seen == [b"a", b"b"]
     one.calls = [running]
     one.reply()
     one.say([BYE, "SIGTERM"])
