@@ -55,6 +55,11 @@ class Channel:
             f"kept {len(self._kept)} ({self.kept_bytes} B)>"
         )
 
+    @property
+    def acked(self) -> int:
+        """The highest number that the other side is known to have, with all before it."""
+        return self._kept[0][0] - 1 if self._kept else self.sent
+
     def next_number(self) -> int:
         """The number of the envelope about to be sealed. It carries our ack, so nothing is owed after it."""
         self.sent += 1

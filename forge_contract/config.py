@@ -191,7 +191,12 @@ class ServiceConfig:
     # Lives
     name: str | None = None  # a service deployed by name can be found by `get_service(name)`
     detached: bool = False  # outlives the client that started it
-    health_poll_rate: float = 0.2  # seconds between calls of `health()`
+    health_poll_rate: float = (
+        0.2  # seconds between calls of `health()`; False or an exception three times in a row restarts
+    )
+    max_attempts: int = 3  # a call in flight at so many deaths of replicas is poison; its last attempt runs alone
+    # Names of exceptions ("ValueError", "package.module.Error") that mean the process is broken: raised, and the replica restarts.
+    fatal_errors: tuple[str, ...] = ()
     start_timeout_s: float = 600.0  # for one start of a replica, from the decision to HEALTHY
     stop_grace_s: float = 5.0  # for running calls, when a replica is stopped
     restart_backoff_s: float = 0.5  # before the second restart in a row; doubles, with jitter
@@ -199,6 +204,10 @@ class ServiceConfig:
 
     # Sessions
     session_ttl_s: float | None = None  # a session unused for so long ends; None: only with its client
+    session_checkpoint_every: int = (
+        1  # calls between two exports of a session; more is faster, and a crash loses the last
+    )
+    on_session_loss: str = "restart"  # "raise": SessionLost instead of a fresh start, where no state could be kept
 
     autoscaling: AutoscalingConfig | None = None
     default_replicas: InitVar[int | None] = None
@@ -224,7 +233,16 @@ class ServiceConfig:
         problems.at_least(
             self, 1, "procs", "hosts", "replica_max_concurrent_requests", "mesh_concurrency", "max_replicas"
         )
-        problems.at_least(self, 1, "max_queued_requests")
+        problems.at_least(self, 1, "max_queued_requests", "session_checkpoint_every")
+        problems.at_least(self, 2, "max_attempts")
+        problems.need(
+            self.on_session_loss in ("restart", "raise"),
+            f"on_session_loss must be 'restart' or 'raise', not {self.on_session_loss!r}",
+        )
+        problems.need(
+            all(isinstance(one, str) for one in self.fatal_errors),
+            f"fatal_errors must be names of exceptions, not {self.fatal_errors!r}",
+        )
         # Far beyond what anybody runs: a client's slip must not have the broker make a billion of something.
         problems.at_most(self, 4096, "procs", "hosts", "num_replicas", "min_replicas", "max_replicas")
         problems.at_most(self, 1_000_000, "replica_max_concurrent_requests", "mesh_concurrency")
@@ -315,6 +333,8 @@ class ServiceConfig:
         if isinstance(autoscaling, dict):
             _refuse_unknown("AutoscalingConfig", field_names(AutoscalingConfig), autoscaling)
             fields = {**fields, "autoscaling": AutoscalingConfig(**autoscaling)}
+        if isinstance(fields.get("fatal_errors"), list):  # a tuple, before it travelled
+            fields = {**fields, "fatal_errors": tuple(fields["fatal_errors"])}
         return cls(**fields)
 
 
@@ -329,13 +349,15 @@ class EndpointOptions:
     threads: int = 1  # for a plain `def`: how many calls at once off the loop
     delivery: str | None = None  # None: the service's
     timeout: float | None = None  # seconds; a call's own `options(timeout=)` wins
+    hang_timeout_s: float | None = None  # a call that runs longer restarts its replica; None: never
+    replay_last: bool = False  # its last successful fan-out is played to replicas that start later (A11)
 
     def __post_init__(self) -> None:
         problems = _Problems()
         problems.types(self)
         problems.at_least(self, 1, "batch_size", "threads")
         problems.at_least(self, 0, "batch_timeout")
-        problems.positive(self, "timeout")
+        problems.positive(self, "timeout", "hang_timeout_s")
         problems.need(
             self.batch_mode in ("route", "call"), f"batch_mode must be 'route' or 'call', not {self.batch_mode!r}"
         )
@@ -373,19 +395,29 @@ class BrokerConfig:
 
     heartbeat_s: float = 0.5
     liveness: int = 10  # heartbeats missed before a silent peer of another host is dead
-    orphan_grace_s: float = 10.0  # how long workers wait for a broker that vanished
+    orphan_grace_s: float = 10.0  # how long workers and clients wait for a broker that vanished
+    recovery_s: float = 3.0  # how long a broker that comes back waits for what its peers hold
+    drain_grace_s: float = 30.0  # for running calls, when a worker or a replica is drained
 
     max_payload_bytes: int = 1 << 30  # arguments of one call, or one result
     max_message_bytes: int = 2 << 30  # one frame; libzmq drops the connection of who sends more
     link_bytes: int = 1 << 30  # unacknowledged, per peer and direction
     max_queue_bytes: int = 4 << 30  # arguments of all queued calls
 
+    checkpoint_bytes: int = 256 << 20  # sessions' states kept, all together
+    kept_reply_bytes: int = 64 << 20  # a worker's replies that no client is known to have yet
+    dead_letters: int = 1000
+    dead_letter_bytes: int = 256 << 20  # their arguments, all together
+
     story_entries: int = 10_000  # remembered for `forge explain`
 
     def __post_init__(self) -> None:
         problems = _Problems()
         problems.types(self)
-        problems.positive(self, "heartbeat_s", "orphan_grace_s")
+        problems.positive(self, "heartbeat_s", "orphan_grace_s", "recovery_s")
+        problems.at_least(
+            self, 0, "drain_grace_s", "checkpoint_bytes", "kept_reply_bytes", "dead_letters", "dead_letter_bytes"
+        )
         problems.at_least(self, 1, "liveness", "story_entries", "max_payload_bytes", "link_bytes", "max_queue_bytes")
         problems.at_least(self, 0, "max_workers")
         problems.need(self.max_message_bytes >= self.max_payload_bytes, "max_message_bytes must hold max_payload_bytes")

@@ -207,7 +207,7 @@ class ReplicaLost(ForgeError):
 
 
 class OutcomeUnknown(ForgeError):
-    text = "{endpoint} may or may not have run: {why}; it is delivered at most once, so it was not tried again"
+    text = "{endpoint} may or may not have run: {why}; it was not tried again"
 
 
 class PoisonedRequest(ForgeError):
@@ -235,7 +235,7 @@ class SessionClosed(SessionError):
 
 
 class SessionLost(SessionError):
-    text = "session {session!r} of {service} lost its state with {replica}, and on_session_loss='raise'"
+    text = "session {session!r} of {service} lost its state: {why}"
 
 
 class FanoutError(ForgeError):

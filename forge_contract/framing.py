@@ -87,6 +87,22 @@ class Payloads:
             )
 
 
+class Taken(Payloads):
+    """Payloads that were taken out of their envelope before, one after another, to be taken again by who acts on its message."""
+
+    __slots__ = ("_taken",)
+
+    def __init__(self, taken: list[Payload]) -> None:
+        super().__init__(b"", ())
+        self._taken = taken
+
+    def take(self, size: int) -> Payload:
+        return self._taken.pop(0)
+
+    def take_all(self, sizes: Iterable[int]) -> list[Payload]:
+        return [self.take(size) for size in sizes]
+
+
 class Outbox:
     """What one sender has for one peer in this turn: messages and payloads, until `seal`."""
 

@@ -40,12 +40,16 @@ DISPATCH: Final = 34
 DROP: Final = 35
 STOP: Final = 36
 SETTLED: Final = 37
+REPLAY: Final = 38
+IMPORT: Final = 39
+FORGET: Final = 40
 
 # Worker to broker.
 MASTER: Final = 48
 READY: Final = 49
 UNREADY: Final = 50
 REPLIES: Final = 51
+STATES: Final = 52
 
 # How a call ended.
 OK: Final = 0  # the payload is the value

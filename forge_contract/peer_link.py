@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from forge_contract.channel import Channel, Due, Verdict
 from forge_contract.errors import ForgeError, ProtocolError, VersionMismatch, from_wire
-from forge_contract.framing import Envelope, Frame, Outbox, decode, encode, weigh
+from forge_contract.framing import Envelope, Frame, Outbox, Payload, decode, encode, weigh
 from forge_contract.messages import BROKER_NAME, BYE, HELLO, PROBE, REFUSE, WELCOME, WHO
 
 HELLO_AGAIN_S: Final = 1.0
@@ -30,7 +30,7 @@ class LinkState(enum.Enum):
 
 
 class PeerLink:
-    """Subclass it, give `hello_fields`, and override the `on_…` methods."""
+    """Subclass it, give `hello_fields` (and `hello_payloads`, where they name some), and override the `on_…` methods."""
 
     def __init__(self, name: str, now: float) -> None:
         self.name = name
@@ -52,17 +52,29 @@ class PeerLink:
         """The fields of HELLO, with what is held (`holds`, `declares`)."""
         raise NotImplementedError
 
+    def hello_payloads(self) -> list[Payload]:
+        """The payloads that `holds` or `declares` name, in their order. Asked right after `hello_fields`."""
+        return []
+
     def on_welcome(self, fields: dict[str, Any], now: float) -> None:
         """The link is open. Comes once per epoch."""
 
     def on_lost(self, now: float) -> None:
         """The broker we were welcomed by no longer knows us, or is gone: nothing under way will be answered by it."""
 
+    def on_sealed(self, number: int, size: int) -> None:
+        """What was in an outbox is envelope `number` of this epoch now, of `size` bytes."""
+
     def on_refused(self, error: ForgeError, now: float) -> None:
         """The broker will not have us; the link is closed."""
 
     def on_envelope(self, envelope: Envelope, now: float) -> None:
         """An envelope in order, exactly once."""
+
+    def send_first(self, outbox: Outbox, now: float) -> None:
+        """Seal these now, as an envelope before all that waits in our own outbox. For `on_welcome`."""
+        if len(outbox):
+            self._ready.append(self._seal(outbox, now))
 
     # What the shell calls.
 
@@ -117,7 +129,7 @@ class PeerLink:
         """Everything to be sent now, at most one new numbered envelope among it."""
         if self.state is LinkState.GREETING and self._hello_due <= now:
             self._hello_due = now + HELLO_AGAIN_S
-            return [self._unnumbered_frames([[HELLO, self.hello_fields()]])]
+            return [self._hello()]
         if self.state is not LinkState.OPEN:
             return []
         due = self.channel.due(now)
@@ -125,11 +137,7 @@ class PeerLink:
             self._probe()
         ready, self._ready = self._ready, []
         if len(self.outbox):
-            channel = self.channel
-            number = channel.next_number()
-            frames = self.outbox.seal(self.name, channel.epoch, self.incarnation, number, channel.received)
-            channel.keep(frames, weigh(frames), now)
-            ready.append(frames)
+            ready.append(self._seal(self.outbox, now))
         elif due is Due.ACK:
             ready.append(self._unnumbered_frames([]))
         return ready
@@ -198,6 +206,22 @@ class PeerLink:
     def _probe(self) -> None:
         self.channel.probing = True
         self._ready.append(self._unnumbered_frames([[PROBE]]))
+
+    def _seal(self, outbox: Outbox, now: float) -> list[Frame]:
+        channel = self.channel
+        number = channel.next_number()
+        frames = outbox.seal(self.name, channel.epoch, self.incarnation, number, channel.received)
+        size = weigh(frames)
+        channel.keep(frames, size, now)
+        self.on_sealed(number, size)
+        return frames
+
+    def _hello(self) -> list[Frame]:
+        """A hello is made anew each time: what is held may have become another since the last."""
+        hello = Outbox()
+        fields = self.hello_fields()
+        hello.body.append([HELLO, fields, [hello.attach(payload) for payload in self.hello_payloads()]])
+        return hello.seal(self.name, self.channel.epoch, self.incarnation, 0, self.channel.received)
 
     def _unnumbered_frames(self, body: list[list[Any]]) -> list[Frame]:
         channel = self.channel

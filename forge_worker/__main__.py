@@ -14,7 +14,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m forge_worker",
         description="Serve one rank of one replica after another for the broker at ADDRESS.",
-        epilog="exit codes: 0 stopped, 2 wrong arguments, 69 no broker or refused by it, 70 a fault of the worker itself",
+        epilog="exit codes: 0 stopped, 2 wrong arguments, 64 (a child) stopped for good, 69 no broker or refused by it, "
+        "70 a fault of the worker itself",
     )
     made.add_argument("--broker", required=True, metavar="ADDRESS", help="ipc:///path or tcp://host:port")
     made.add_argument("--gpu", default="none", metavar="0,1|none", help="GPUs it may use (default: none)")

@@ -3,10 +3,12 @@
 `runtime` makes it of an assignment and an instance, hands it the link's instructions, and is told by `on_reply` that
 there is something to flush. When a call may start is decided in `_admit` and what follows from it:
 
-1. A call with an order key (its session, or its client where the broker says so) waits until the one before it under
+1. Where the class has hooks for its sessions (S3), a session's calls run one at a time, each from the import of the state
+   it needs to the checkpoint that its reply takes along: `sessions`. For such a call no other order counts.
+2. A call with an order key (its session, or its client where the broker says so) waits until the one before it under
    that key has begun: `_behind`. A mesh's calls have no key: there, at most one runs, and they start in order anyway.
-2. Never more than `concurrency` run: `_waiting`, in order of dispatch.
-3. A plain `def` needs a thread of its endpoint: `parked`, in that endpoint. Others pass it: a slow endpoint starves nobody.
+3. Never more than `concurrency` run: `_waiting`, in order of dispatch.
+4. A plain `def` needs a thread of its endpoint: `parked`, in that endpoint. Others pass it: a slow endpoint starves nobody.
 
 An async endpoint has begun when its task takes its first step, a plain one when its thread is about to call it.
 """
@@ -26,95 +28,48 @@ from typing import Any, cast
 from forge_client.context import request_var, session_var
 from forge_contract.errors import ForgeError
 from forge_contract.framing import Payload
-from forge_contract.messages import DROPPED, UNTOUCHED, client_of
+from forge_contract.messages import DROPPED, RAISED, UNTOUCHED, client_of
 from forge_contract.payload import decode_call
 from forge_worker.assignment import Assignment
-from forge_worker.link import Run, WorkerLink
-from forge_worker.outcomes import Outcome, Outcomes, in_lists
+from forge_worker.calls import Call, Endpoint, Key
+from forge_worker.last_resort import give_up
+from forge_worker.link import Import, Replay, Run, WorkerLink
+from forge_worker.outcomes import BROKEN, Outcome, Outcomes, in_lists
+from forge_worker.sessions import Session, Sessions
 from forge_worker.steps import Steps
-from forge_worker.threads import Threads
+from forge_worker.threads import Threads, in_thread
 
 log = logging.getLogger("forge_worker")
 
-Key = str | int | None
-
-
-class Endpoint:
-    """A method and what it takes to run it."""
-
-    __slots__ = ("is_async", "method", "name", "parked", "takes_lists", "threads")
-
-    def __init__(self, name: str, method: Any, takes_lists: bool, threads: Threads) -> None:
-        self.name = name
-        self.method = method
-        self.takes_lists = takes_lists
-        self.threads = threads
-        self.is_async = inspect.iscoroutinefunction(method)
-        self.parked: deque[Call] = deque()
-
-
-class Call:
-    """One attempt of one request, from dispatch to reply."""
-
-    __slots__ = (
-        "attempt",
-        "begun",
-        "coroutine",
-        "dropped",
-        "endpoint",
-        "id",
-        "key",
-        "payload",
-        "session",
-        "started",
-        "task",
-        "trusted",
-    )
-
-    def __init__(
-        self,
-        request: int,
-        attempt: int,
-        endpoint: Endpoint,
-        payload: Payload,
-        trusted: bool,
-        session: str | None,
-        key: Key,
-    ) -> None:
-        self.id = request
-        self.attempt = attempt
-        self.endpoint = endpoint
-        self.payload = payload
-        self.trusted = trusted
-        self.session = session
-        self.key = key
-        self.started = 0.0  # monotonic seconds, 0.0: not started
-        self.begun = False  # its first line runs, or has run
-        self.dropped = False
-        self.task: asyncio.Task[None] | None = None  # its own, once it has had to wait
-        self.coroutine: Coroutine[Any, Any, Any] | None = None  # what a plain `def` unexpectedly returned
-
 
 class ActorHost:
-    """The calls of one instance. `trusted`: whether replies may hold pickles, by the trust of our own address."""
+    """The calls of one instance. `trusted`: whether replies may hold pickles, by the trust of our own address.
+
+    `on_reply`: there is something to flush. `on_broken`: this exception was raised, and replied, after which the process
+    must not go on (F6); called once.
+    """
 
     def __init__(
         self,
         assignment: Assignment,
+        instance: Any,
         methods: list[Any],
         link: WorkerLink,
         *,
         trusted: bool,
         on_reply: Callable[[], None],
+        on_broken: Callable[[Payload], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()  # what calls in threads start from
         self._link = link
         self._on_reply = on_reply
+        self._on_broken: Callable[[Payload], None] | None = on_broken
         self._class_name = assignment.class_name
         self._serial = assignment.serial
         self._room = 1 if assignment.serial else assignment.concurrency
-        self._outcomes = Outcomes(trusted, assignment.max_payload_bytes)
+        self._outcomes = Outcomes(trusted, assignment.max_payload_bytes, assignment.fatal_errors)
+        self._sessions = Sessions(instance, assignment, trusted=trusted) if assignment.checkpoint_every else None
         self._endpoints = [
             Endpoint(
                 f"{assignment.class_name}.{spec.name}",
@@ -130,6 +85,7 @@ class ActorHost:
         self._waiting: deque[Call] = deque()
         self._unbegun: dict[Key, Call] = {}  # under each key the last one admitted, until it has begun
         self._behind: dict[Key, deque[Call]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()  # imports and checkpoints; a loop holds its tasks weakly
         self._looking = False  # a look after threads that are about to begin is scheduled
         self._stopping = False
         self._abandoned = False
@@ -146,7 +102,7 @@ class ActorHost:
             self._on_reply()
             return
         endpoint, trusted = self._endpoints[run.method], run.trusted
-        calls, put, started = self._calls, self._steps.put, time.monotonic()
+        calls, put, started, has_hooks = self._calls, self._steps.put, time.monotonic(), self._sessions is not None
         for request, attempt, payload, session, by_client in zip(
             run.ids, run.attempts, run.payloads, run.sessions, run.by_client, strict=True
         ):
@@ -154,7 +110,9 @@ class ActorHost:
             if not self._serial:
                 key = client_of(request) if by_client else session
             calls[request] = call = Call(request, attempt, endpoint, payload, trusted, session, key)
-            if key is not None:
+            if session is not None and has_hooks:
+                self._admit_to_session(call, session)
+            elif key is not None:
                 self._admit(call, key)
             elif endpoint.is_async and self._active < self._room:
                 self._active += 1  # `_place` and `_start`, for the many that need no deciding
@@ -175,18 +133,71 @@ class ActorHost:
             elif call.task is not None:
                 call.task.cancel()  # without a task it has not begun, and will find out
 
-    async def finish(self, grace_s: float) -> None:
-        """Give back what has not started, wait for what runs, cancel what still runs after `grace_s` seconds."""
+    async def replay(self, replay: Replay) -> None:
+        """Run an endpoint for its effect, at once (A11): a thread of its own for a plain one. Raises what it raises.
+        A mesh runs nothing else meanwhile, for its collectives must not cross."""
+        endpoint = self._endpoints[replay.method]
+        args, kwargs = decode_call(replay.payload, trusted=replay.trusted)
+        if endpoint.takes_lists:
+            args, kwargs = in_lists(args, kwargs)
+        self._active += 1
+        try:
+            if endpoint.is_async:
+                await endpoint.method(*args, **kwargs)
+            else:
+                await in_thread(self._loop, endpoint.name, partial(endpoint.method, *args, **kwargs))
+        finally:
+            self._active -= 1
+            self._advance()
+
+    def take_state(self, instruction: Import) -> None:
+        """A session comes from elsewhere (S3)."""
+        if self._sessions is not None:
+            self._sessions.arrived(instruction)
+
+    def forget(self, sessions: list[str]) -> None:
+        if self._sessions is not None:
+            self._sessions.forget(sessions)
+
+    def tell_states(self) -> None:
+        """The broker has lost them (F10): a checkpoint of each session, of those that run a call with its reply."""
+        if self._sessions is None:
+            return
+        running = self._running_sessions()
+        idle = []
+        for session in self._sessions.held():
+            if session.current is not None or session.id in running:
+                session.due = True
+            else:
+                session.current = self  # keeps its calls waiting
+                idle.append(session)
+        if idle:
+            self._active += 1  # a mesh's calls have no other to wait for
+            self._spawn(self._tell_states(idle))
+
+    async def finish(self, grace_s: float, *, checkpoints: bool) -> None:
+        """Give back what has not started, wait for what runs, cancel what still runs after `grace_s` seconds; then, with
+        `checkpoints`, tell the states of the sessions that had calls since their last one."""
         self._stopping = True
         self._waiting.clear()
         self._behind.clear()
         self._unbegun.clear()
         for endpoint in self._endpoints:
             endpoint.parked.clear()
+        if self._sessions is not None:
+            self._sessions.let_go()
         for call in [call for call in self._calls.values() if not call.started]:
             self._forget(call, UNTOUCHED)
-        if await self._empty_within(grace_s):
-            return
+        torn: set[str | None] = set()
+        if not await self._empty_within(grace_s):
+            torn = self._running_sessions()  # they may be anywhere in a call, which runs again elsewhere
+            await self._abandon(grace_s)
+        if checkpoints and self._sessions is not None:
+            for session in self._sessions.held():
+                if session.since and session.id not in torn:
+                    await self._tell_state(session)
+
+    async def _abandon(self, grace_s: float) -> None:
         # No reply from here on: the broker decides what becomes of calls that outlast a stop, not our cancelling them.
         self._abandoned = True
         log.warning("%d calls still run %s s after the stop and are abandoned", len(self._calls), grace_s)
@@ -219,6 +230,29 @@ class ActorHost:
         self._unbegun[key] = call
         self._place(call)
 
+    def _admit_to_session(self, call: Call, name: str) -> None:
+        assert self._sessions is not None
+        session = self._sessions.of(name)
+        if self._serial:
+            self._place(call)  # one at a time as it is, in an order that is the same on all ranks
+        elif session.current is not None:
+            session.behind.append(call)
+        else:
+            session.current = call
+            self._place(call)
+
+    def _leave_session(self, session: Session) -> None:
+        """Its call is over: the next of it is free to go."""
+        assert self._sessions is not None
+        session.current = None
+        while session.behind:
+            follower = session.behind.popleft()
+            if not follower.dropped:
+                session.current = follower
+                self._place(follower)
+                return
+        self._sessions.release(session)
+
     def _place(self, call: Call) -> None:
         endpoint = call.endpoint
         if self._active >= self._room:
@@ -231,7 +265,9 @@ class ActorHost:
     def _start(self, call: Call) -> None:
         self._active += 1
         call.started = time.monotonic()
-        if call.endpoint.is_async:
+        if call.session is not None and self._sessions is not None and self._sessions.unsettled(call.session):
+            self._spawn(self._prepare(call, call.session))
+        elif call.endpoint.is_async:
             self._steps.put(call)
         else:
             call.endpoint.threads.run(partial(self._run_plain, call), partial(self._ended_plain, call))
@@ -290,6 +326,9 @@ class ActorHost:
         except ForgeError as error:
             self._end(call, *self._outcomes.failed(error))
             return None
+        except BaseException as error:  # the arguments' own code, or memory
+            self._end(call, *self._outcomes.raised(error))
+            return None
         if endpoint.takes_lists:
             args, kwargs = in_lists(args, kwargs)
         try:
@@ -302,7 +341,14 @@ class ActorHost:
     def _returned(self, call: Call, value: Any) -> None:
         endpoint = call.endpoint
         status, payload = self._outcomes.returned(endpoint.name, value, endpoint.takes_lists)
-        if self._waiting or endpoint.parked or call.dropped or self._stopping:
+        if (
+            status
+            or (call.session is not None and self._sessions is not None)
+            or self._waiting
+            or endpoint.parked
+            or call.dropped
+            or self._stopping
+        ):
             self._end(call, status, payload)
         else:  # nobody waits for its room: what `_end` would do, for the many
             self._active -= 1
@@ -316,7 +362,10 @@ class ActorHost:
 
     def _run_plain(self, call: Call) -> Outcome | Coroutine[Any, Any, Any]:
         """In a thread."""
-        return self._context.copy().run(self._call_plain, call)
+        try:
+            return self._context.copy().run(self._call_plain, call)
+        except BaseException as error:  # SystemExit too
+            return self._outcomes.raised(error)
 
     def _call_plain(self, call: Call) -> Outcome | Coroutine[Any, Any, Any]:
         request_var.set(call.id)
@@ -329,11 +378,8 @@ class ActorHost:
             return self._outcomes.failed(error)
         if endpoint.takes_lists:
             args, kwargs = in_lists(args, kwargs)
-        try:
-            call.begun = True
-            value = endpoint.method(*args, **kwargs)
-        except BaseException as error:  # SystemExit too
-            return self._outcomes.raised(error)
+        call.begun = True
+        value = endpoint.method(*args, **kwargs)
         if inspect.iscoroutine(value):
             return value
         return self._outcomes.returned(endpoint.name, value, endpoint.takes_lists)
@@ -356,7 +402,19 @@ class ActorHost:
         self._advance()
 
     def _end(self, call: Call, status: int, payload: Payload) -> None:
+        """A started call has run. Its reply may have to wait for a checkpoint, and keeps its room until then."""
+        if call.session is not None and self._sessions is not None:
+            due = self._sessions.ended(call.session)
+            if due and status != BROKEN and not self._abandoned:
+                self._spawn(self._checkpoint(call, call.session, status, payload))
+                return
+        self._over(call, status, payload)
+
+    def _over(self, call: Call, status: int, payload: Payload) -> None:
         """A started call is over: its room is free, its reply on the way."""
+        broken = status == BROKEN
+        if broken:
+            status = RAISED
         self._active -= 1
         parked = call.endpoint.parked
         while parked:
@@ -367,8 +425,12 @@ class ActorHost:
         if self._waiting:
             self._advance()
         if call.dropped:
-            status, payload = DROPPED, b""
-        self._forget(call, status, payload)
+            self._forget(call, DROPPED)
+        else:
+            self._forget(call, status, payload)
+        if broken and self._on_broken is not None:
+            on_broken, self._on_broken = self._on_broken, None
+            on_broken(payload)
 
     def _advance(self) -> None:
         """Room may have come free: the oldest that wait come in."""
@@ -383,11 +445,70 @@ class ActorHost:
         del self._calls[call.id]
         if not call.started:
             self._begun(call)  # it never will; those behind it need not wait
+        if call.session is not None and self._sessions is not None:
+            session = self._sessions.get(call.session)
+            if session is not None and session.current is call:
+                self._leave_session(session)
         if self._stopping and not self._calls:
             self._empty.set()
         if not self._abandoned:
             self._link.reply(call.id, call.attempt, status, payload)
             self._on_reply()
+
+    # Sessions with hooks: what a call is preceded by and followed by.
+
+    async def _prepare(self, call: Call, name: str) -> None:
+        assert self._sessions is not None
+        session = self._sessions.get(name)
+        lost = None if session is None else await self._sessions.prepare(session)
+        if call.dropped or lost is not None:
+            self._over(call, *((DROPPED, b"") if lost is None else self._outcomes.failed(lost)))
+            return
+        if self._stopping:
+            self._over(call, UNTOUCHED, b"")
+            return
+        # Placed again, for meanwhile another may have taken the thread it needs.
+        self._active -= 1
+        call.started = 0.0
+        self._place(call)
+        self._advance()
+
+    async def _checkpoint(self, call: Call, name: str, status: int, payload: Payload) -> None:
+        assert self._sessions is not None
+        session = self._sessions.get(name)
+        state = None if session is None else await self._sessions.export(session)
+        if state is not None and not self._abandoned:  # without the reply, the call would run again on its own effects
+            self._link.states(name, state)
+        self._over(call, status, payload)
+
+    async def _tell_states(self, sessions: list[Session]) -> None:
+        assert self._sessions is not None
+        for session in sessions:
+            if await self._sessions.prepare(session) is None:
+                await self._tell_state(session)
+            self._leave_session(session)
+        self._active -= 1
+        self._advance()
+
+    async def _tell_state(self, session: Session) -> None:
+        assert self._sessions is not None
+        state = await self._sessions.export(session)
+        if state is not None and not session.forgotten:
+            self._link.states(session.id, state)
+            self._on_reply()
+
+    def _running_sessions(self) -> set[str | None]:
+        return {call.session for call in self._calls.values() if call.started}
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work, context=self._context.copy())
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned_ended)
+
+    def _spawned_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            give_up(error)  # calls wait behind it that nobody would answer
 
     async def _empty_within(self, limit_s: float) -> bool:
         if not self._calls:

@@ -6,6 +6,7 @@ torch looks at CUDA_VISIBLE_DEVICES once, when it is first used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -54,6 +55,11 @@ class Assignment:
     concurrency: int  # calls at once
     serial: bool  # one call at a time, in dispatch order: collectives must not cross
     max_payload_bytes: int
+    checkpoint_every: int  # calls of a session between two exports of it; 0: the class has no hooks for them
+    health_poll_rate: float  # seconds between two calls of `health()`
+    fatal_errors: tuple[str, ...]  # names of exceptions after which the process counts as broken (F6)
+    kept_reply_bytes: int  # of replies kept for a broker's successor (F10)
+    deed: Mapping[str, Any]  # by which a broker without memory has the service again; ours to keep, not to read
 
     @classmethod
     def read(cls, fields: Any) -> Self:
@@ -64,6 +70,9 @@ class Assignment:
         texts = {name: _field(fields, name, str) for name in ("name", "class_name")}
         flags = {name: _field(fields, name, bool) for name in ("trusted", "serial")}
         cwd = fields.get("cwd")
+        poll_s = fields.get("health_poll_rate")
+        if isinstance(poll_s, bool) or not isinstance(poll_s, (int, float)) or not 0 < poll_s < math.inf:
+            raise ProtocolError(f"health_poll_rate of an assignment is {poll_s!r:.80}, no number of seconds")
         if numbers["world"] < 1 or numbers["concurrency"] < 1 or not 0 <= numbers["rank"] < numbers["world"]:
             raise ProtocolError(
                 f"rank {numbers['rank']} of {numbers['world']} with concurrency {numbers['concurrency']} cannot be"
@@ -76,6 +85,9 @@ class Assignment:
             target=_field(fields, "target", dict),
             path=tuple(entry for entry in fields.get("path") or () if isinstance(entry, str)),
             cwd=cwd if isinstance(cwd, str) else None,
+            health_poll_rate=float(poll_s),
+            fatal_errors=tuple(str(name) for name in _field(fields, "fatal_errors", list)),
+            deed=_field(fields, "deed", dict),
             endpoints=tuple(EndpointSpec.read(one) for one in _field(fields, "endpoints", list)),
         )
 
@@ -110,6 +122,8 @@ _NUMBERS = (
     "local_world",
     "concurrency",
     "max_payload_bytes",
+    "checkpoint_every",
+    "kept_reply_bytes",
 )
 
 

@@ -1,10 +1,12 @@
 """The worker's side of the conversation with its broker (PROTOCOL.md §7). No I/O, no clock: `now` is an argument.
 
 `receive` turns envelopes into instructions, which whoever carries them out takes with `take()`; what comes of them goes
-back by `master`, `ready`, `unready`, `reply`, and leaves with the next `flush`. `runtime` is one that carries out, with
+back by `master`, `ready`, `unready`, `reply`, `states`, and leaves with the next `flush`. `runtime` is one that carries out, with
 a socket and an actor; a simulation with neither is another.
 
-The link knows which calls run, because a broker that does not know us asks for that.
+The link knows which calls run, which sessions it has served, and what was replied of late, because a broker that does
+not know us asks for that (§8): in the recovery window the replies that no caller may have are sent again first, and
+then whatever comes.
 """
 
 from __future__ import annotations
@@ -13,24 +15,29 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from forge_contract.errors import ForgeError, ProtocolError
-from forge_contract.framing import Envelope, Frame, Payload, encode
+from forge_contract.framing import Envelope, Frame, Outbox, Payload, encode
 from forge_contract.messages import (
     ASSIGN,
     BEGIN,
     DISPATCH,
     DROP,
+    FORGET,
     HEARTBEAT,
+    IMPORT,
     MASTER,
     READY,
+    REPLAY,
     REPLIES,
     SETTLED,
+    STATES,
     STOP,
     UNREADY,
     column,
     spread,
 )
-from forge_contract.peer_link import PeerLink
+from forge_contract.peer_link import LinkState, PeerLink
 from forge_worker.assignment import Assignment
+from forge_worker.kept import Columns, KeptReplies
 
 
 class Assign(NamedTuple):
@@ -70,12 +77,37 @@ class Stop(NamedTuple):
 
     reason: str
     grace_s: float
+    replace: bool  # whether a supervisor shall start another worker in our place
+
+
+class Replay(NamedTuple):
+    """Call this endpoint after `setup`, and count it in the next READY (A11). In order."""
+
+    method: int
+    trusted: bool
+    payload: Payload
+
+
+class Import(NamedTuple):
+    """The state of a session that lived elsewhere, to be imported before its next call (S3)."""
+
+    session: str
+    trusted: bool
+    payload: Payload
+
+
+class Forget(NamedTuple):
+    """These sessions have ended, or live elsewhere."""
+
+    sessions: list[str]
 
 
 class Welcomed(NamedTuple):
-    """The link is open, for the first time or again."""
+    """The link is open, for the first time or again. `recovering`: by a broker that had lost us and takes us as we are;
+    it wants the states of our sessions."""
 
     fields: Mapping[str, Any]
+    recovering: bool
 
 
 class Refused(NamedTuple):
@@ -84,7 +116,7 @@ class Refused(NamedTuple):
     error: ForgeError
 
 
-Instruction = Assign | Begin | Run | Drop | Stop | Welcomed | Refused
+Instruction = Assign | Begin | Run | Drop | Stop | Replay | Import | Forget | Welcomed | Refused
 
 
 class WorkerLink(PeerLink):
@@ -103,6 +135,8 @@ class WorkerLink(PeerLink):
         super().__init__(name, now)
         self.assignment: Assignment | None = None
         self.running: dict[int, int] = {}  # request id -> attempt, until replied
+        self.sessions: set[str] = set()  # that we have served, and were not told to forget
+        self.kept = KeptReplies()
         self.refused_messages = 0  # of a form we do not know, or for an epoch that is not ours
         self.trusted = False  # the trust of our own address, which our replies are encoded by
         self._identity = dict(identity)
@@ -110,10 +144,15 @@ class WorkerLink(PeerLink):
         self._labels = dict(labels or {})
         self._launch = launch
         self._instructions: list[Instruction] = []
+        self._arguments: Payload = b""  # of the constructor
+        self._has_setup = False  # READY was said
         self._ids: list[int] = []
         self._attempts: list[int] = []
         self._statuses: list[int] = []
         self._payloads: list[Payload] = []
+        self._states: dict[str, Payload] = {}
+        self._failure: tuple[ForgeError | None, Payload | None] | None = None
+        self._gathered: Columns | None = None  # in the outbox, to be kept once we know its number
 
     # What carries out the instructions says.
 
@@ -126,14 +165,19 @@ class WorkerLink(PeerLink):
         """Rank 0's choice of where the ranks meet."""
         self.outbox.body.append([MASTER, addr, port])
 
-    def ready(self) -> None:
-        self.outbox.body.append([READY])
+    def ready(self, played: int = 0) -> None:
+        """`setup` and so many replays are over. Said again after each later replay."""
+        self._has_setup = True
+        self.outbox.body.append([READY, played])
 
     def unready(self, error: ForgeError | None, exception: Payload | None = None) -> None:
-        """The start failed, by an error of ours or a user's exception."""
-        self._gather()
-        size = 0 if exception is None else self.outbox.attach(exception)
-        self.outbox.body.append([UNREADY, None if error is None else error.to_wire(), size])
+        """The start failed, or the process is broken (F6), by an error of ours or a user's exception. It leaves behind
+        the replies so far."""
+        self._failure = error, exception
+
+    def states(self, session: str, state: Payload) -> None:
+        """A checkpoint (S3): the session after all its calls replied to so far. It leaves with these replies."""
+        self._states[session] = state
 
     def reply(self, request: int, attempt: int, status: int, payload: Payload) -> None:
         """How a call ended. Gathered: all replies of a turn leave as one message."""
@@ -145,7 +189,8 @@ class WorkerLink(PeerLink):
         self._payloads.append(payload)
 
     def bye(self, reason: str) -> None:
-        self._gather()
+        if self.state is LinkState.OPEN:
+            self._gather()
         super().bye(reason)
 
     def heartbeat(self, fields: Mapping[str, Any]) -> list[Frame] | None:
@@ -156,7 +201,8 @@ class WorkerLink(PeerLink):
         return encode(self.name, self.channel.epoch, self.incarnation, 0, 0, [[HEARTBEAT, dict(fields)]])
 
     def flush(self, now: float) -> list[list[Frame]]:
-        self._gather()
+        if self.state is LinkState.OPEN:  # until then it stays gathered: what was kept goes first
+            self._gather()
         return super().flush(now)
 
     # What PeerLink asks.
@@ -171,9 +217,26 @@ class WorkerLink(PeerLink):
             "holds": self._holds(),
         }
 
+    def hello_payloads(self) -> list[Payload]:
+        return [] if self.assignment is None else [self._arguments]
+
     def on_welcome(self, fields: dict[str, Any], now: float) -> None:
         self.trusted = fields.get("trusted") is True
-        self._instructions.append(Welcomed(fields))
+        recovering = self.assignment is not None and fields.get("recovering") is True
+        if recovering:
+            kept = self.kept.take()
+            if kept is not None:
+                first = Outbox()
+                self._put_replies(first, kept)
+                self.send_first(first, now)
+        else:
+            self.kept.clear()  # numbered in an epoch that is over, and nobody will ask
+        self._instructions.append(Welcomed(fields, recovering))
+
+    def on_sealed(self, number: int, size: int) -> None:
+        if self._gathered is not None:
+            self.kept.keep(number, size, self._gathered)
+            self._gathered = None
 
     def on_refused(self, error: ForgeError, now: float) -> None:
         self._instructions.append(Refused(error))
@@ -202,9 +265,24 @@ class WorkerLink(PeerLink):
             _, addr, port = message
             self._instructions.append(Begin(str(addr), int(port)))
         elif kind == STOP:
-            _, reason, grace_s = message
-            self._instructions.append(Stop(str(reason), float(grace_s)))
-        elif kind != SETTLED:  # it frees kept replies; this release keeps none
+            _, reason, grace_s, replace = message
+            self._instructions.append(Stop(str(reason), float(grace_s), replace is True))
+        elif kind == SETTLED:
+            self.kept.settled(int(message[1]))
+        elif kind == REPLAY:
+            _, method, trusted, size = message
+            payload = envelope.payloads.take(size)
+            self._instructions.append(Replay(self._checked(method), trusted is True, payload))
+        elif kind == IMPORT:
+            _, session, trusted, size = message
+            payload = envelope.payloads.take(size)
+            self.sessions.add(str(session))
+            self._instructions.append(Import(str(session), trusted is True, payload))
+        elif kind == FORGET:
+            ended = [str(session) for session in message[1]]
+            self.sessions.difference_update(ended)
+            self._instructions.append(Forget(ended))
+        else:
             raise ProtocolError(f"message {kind} to a worker")
 
     def _assigned(self, fields: Any, arguments: Payload) -> None:
@@ -215,8 +293,10 @@ class WorkerLink(PeerLink):
         except ProtocolError as error:
             # The broker waits for READY or UNREADY, so this one has an answer.
             self.unready(error)
-            self._instructions.append(Stop(str(error), 0.0))
+            self._instructions.append(Stop(str(error), 0.0, True))
         else:
+            self._arguments = arguments
+            self.kept.limit = self.assignment.kept_reply_bytes
             self._instructions.append(Assign(self.assignment, arguments))
 
     def _dispatched(self, message: list[Any], envelope: Envelope) -> None:
@@ -226,36 +306,54 @@ class WorkerLink(PeerLink):
         if self.assignment is None or epoch != self.assignment.epoch or len(payloads) != count:
             self.refused_messages += 1
             return
-        if not 0 <= method < len(self.assignment.endpoints):
-            raise ProtocolError(f"a dispatch to method {method} of {len(self.assignment.endpoints)}")
+        self._checked(method)
         attempts = spread(attempts, count)
-        sessions = spread(columns.get("session"), count)
+        session = columns.get("session")
+        sessions = spread(session, count)
         by_client = spread(columns.get("client", False), count)
+        if session is not None:
+            self.sessions.update(one for one in sessions if one is not None)
         self.running.update(zip(ids, attempts, strict=True))  # last: what cannot be read does not run
         self._instructions.append(Run(method, trusted is True, ids, attempts, payloads, sessions, by_client))
 
+    def _checked(self, method: int) -> int:
+        count = 0 if self.assignment is None else len(self.assignment.endpoints)
+        if not 0 <= method < count:
+            raise ProtocolError(f"a call of method {method} of {count}")
+        return method
+
     def _gather(self) -> None:
-        if not self._ids:
-            return
+        if self._ids:
+            self._gathered = Columns(self._ids, self._attempts, self._statuses, self._payloads)
+            self._ids, self._attempts, self._statuses, self._payloads = [], [], [], []
+            self._put_replies(self.outbox, self._gathered)
+        if self._states:
+            sessions = list(self._states)
+            self.outbox.body.append([STATES, sessions, [self.outbox.attach(one) for one in self._states.values()]])
+            self._states = {}
+        if self._failure is not None:
+            error, exception = self._failure
+            size = 0 if exception is None else self.outbox.attach(exception)
+            self.outbox.body.append([UNREADY, None if error is None else error.to_wire(), size])
+            self._failure = None
+
+    def _put_replies(self, outbox: Outbox, replies: Columns) -> None:
         assert self.assignment is not None
-        attach = self.outbox.attach
-        sizes = [attach(payload) for payload in self._payloads]
-        self.outbox.body.append(
-            [REPLIES, self.assignment.epoch, self._ids, column(self._attempts), column(self._statuses), sizes]
-        )
-        self._ids, self._attempts, self._statuses, self._payloads = [], [], [], []
+        self._gathered = replies
+        ids, attempts, statuses, payloads = replies
+        sizes = [outbox.attach(payload) for payload in payloads]
+        outbox.body.append([REPLIES, self.assignment.epoch, ids, column(attempts), column(statuses), sizes])
 
     def _holds(self) -> dict[str, Any] | None:
         held = self.assignment
         if held is None:
             return None
         return {
-            "service": held.service,
-            "name": held.name,
+            "deed": held.deed,
             "replica": held.replica,
             "epoch": held.epoch,
             "rank": held.rank,
+            "ready": self._has_setup,
             "running": [[request, attempt] for request, attempt in self.running.items()],
-            "finished": [],
-            "sessions": [],
+            "sessions": sorted(self.sessions),
         }

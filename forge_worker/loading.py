@@ -15,6 +15,8 @@ import sys
 from typing import Any
 
 from forge_contract.errors import ConfigError, ProtocolError, TrustRequired, UnknownEndpoint
+from forge_contract.framing import Payload
+from forge_contract.payload import decode_call
 from forge_worker.assignment import Assignment
 
 log = logging.getLogger("forge_worker")
@@ -48,6 +50,14 @@ def load_class(assignment: Assignment) -> type:
     if not assignment.trusted and not _is_actor(loaded):
         raise TrustRequired(what=f"class {assignment.class_name}, which is no ForgeActor,")
     return loaded
+
+
+def make_instance(assignment: Assignment, arguments: Payload) -> Any:
+    """The actor, as its client would make it. Raises what its import and its `__init__` raise."""
+    enter(assignment)
+    cls = load_class(assignment)
+    args, kwargs = decode_call(arguments, trusted=assignment.trusted)
+    return cls(*args, **kwargs)
 
 
 def find_methods(instance: object, assignment: Assignment) -> list[Any]:

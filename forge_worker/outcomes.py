@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, Final
 
 import msgpack
 
@@ -14,16 +15,22 @@ from forge_contract.errors import BatchError, ForgeError, PayloadTooLarge
 from forge_contract.framing import Payload
 from forge_contract.messages import FAILED, OK, RAISED
 from forge_contract.payload import encode, encode_exception, payload_size
+from forge_worker.fatal import breaks_process
+from forge_worker.last_resort import give_up
 
 Outcome = tuple[int, Payload]
 
+BROKEN: Final = -1  # RAISED for its caller, and the end of this process (F6); it stays in here
+
 
 class Outcomes:
-    """`trusted`: whether values may travel as pickles; `limit`: bytes of one result. An endpoint is `Class.method`."""
+    """`trusted`: whether values may travel as pickles; `limit`: bytes of one result; `fatal`: the names in fatal_errors.
+    An endpoint is `Class.method`."""
 
-    def __init__(self, trusted: bool, limit: int) -> None:
+    def __init__(self, trusted: bool, limit: int, fatal: Iterable[str] = ()) -> None:
         self._trusted = trusted
         self._limit = limit
+        self._fatal = frozenset(fatal)
 
     def returned(self, endpoint: str, value: Any, takes_lists: bool) -> Outcome:
         try:
@@ -41,8 +48,12 @@ class Outcomes:
         return OK, payload
 
     def raised(self, error: BaseException) -> Outcome:
-        payload: Payload = encode_exception(trimmed(error), trusted=self._trusted)
-        return RAISED, payload
+        """RAISED, or BROKEN. Ends the process where there is not even the memory to say so: somebody waits for it."""
+        try:
+            payload: Payload = encode_exception(trimmed(error), trusted=self._trusted)
+            return BROKEN if breaks_process(error, self._fatal) else RAISED, payload
+        except BaseException as another:
+            give_up(another)
 
     def failed(self, error: ForgeError) -> Outcome:
         payload: bytes = msgpack.packb(error.to_wire(), default=str)

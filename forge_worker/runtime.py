@@ -12,42 +12,58 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
-import inspect
 import logging
 import os
-import resource
 import signal
-import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from forge_client.dealer import Dealer
 from forge_client.heartbeat import Heartbeat
 from forge_client.identity import draw_name, hello_identity
 from forge_contract.config import BrokerConfig
-from forge_contract.errors import BrokerUnreachable, ForgeError
+from forge_contract.errors import BrokerUnreachable, ForgeError, ReplicaLost
 from forge_contract.framing import Frame, Payload
-from forge_contract.payload import decode_call, encode_exception
+from forge_contract.payload import encode_exception
 from forge_contract.peer_link import LinkState
 from forge_worker.actor_host import ActorHost
 from forge_worker.assignment import Assignment, master_environment
-from forge_worker.link import Assign, Begin, Drop, Refused, Run, Stop, Welcomed, WorkerLink
-from forge_worker.loading import enter, find_methods, load_class
+from forge_worker.health import IN_A_ROW, until_unhealthy
+from forge_worker.hooks import call_optional, is_our_cancel
+from forge_worker.last_resort import EXIT_INTERNAL, give_up
+from forge_worker.link import (
+    Assign,
+    Begin,
+    Drop,
+    Forget,
+    Import,
+    Instruction,
+    Refused,
+    Replay,
+    Run,
+    Stop,
+    Welcomed,
+    WorkerLink,
+)
+from forge_worker.loading import find_methods, make_instance
+from forge_worker.machine import LoopLag, choose_master, resident_bytes, take_stdin
 from forge_worker.outcomes import trimmed
 from forge_worker.output import make_output_last
 
 log = logging.getLogger("forge_worker")
 
+TOLD_AT_MOST: Final = 500  # characters
 EXIT_OK: Final = 0
+EXIT_DRAINED: Final = 64  # told to stop, and that no other is wanted in our place; our supervisor ends with us
 EXIT_NO_BROKER: Final = 69  # EX_UNAVAILABLE: unreachable, vanished, or it refused us
-EXIT_INTERNAL: Final = 70  # EX_SOFTWARE
 
 WELCOME_WITHIN_S: Final = 10.0
-SIGNAL_GRACE_S: Final = 2.0
+SIGNAL_GRACE_S: Final = 30.0  # SIGTERM drains (F9); who cannot wait sends another
+OWNER_GONE_GRACE_S: Final = 2.0  # our supervisor was killed: somebody wants this machine back
 GOODBYE_S: Final = 1.0  # for the last replies to be acknowledged
 # For teardown and the interpreter's own end, over the grace of calls. Past it the process is ended with a dump of what it
 # was doing: an orphan that hangs in a user's teardown would hold its GPU for ever.
@@ -67,7 +83,7 @@ class WorkerOptions:
 
 def main(options: WorkerOptions) -> int:
     """Run one worker to its end; returns the exit code."""
-    owner = _take_stdin(options.owned)
+    owner = take_stdin(options.owned)
     make_output_last()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("forge_worker %(levelname)s: %(message)s"))
@@ -93,18 +109,6 @@ async def _serve(options: WorkerOptions, owner: int | None) -> int:
     except Exception:
         log.exception("the worker itself failed; please report this")
         return EXIT_INTERNAL
-
-
-def _take_stdin(owned: bool) -> int | None:
-    """Move the supervisor's pipe out of the way: an actor that reads stdin must not read that."""
-    if not owned:
-        return None
-    owner = os.dup(0)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    os.set_blocking(owner, False)
-    return owner
 
 
 class Worker:
@@ -136,15 +140,20 @@ class Worker:
         self._starting: asyncio.Task[None] | None = None
         self._begin: asyncio.Future[Begin] = self._loop.create_future()
         self._over: asyncio.Future[int] = self._loop.create_future()
+        self._replays: deque[Replay] = deque()
+        self._played = 0
+        self._replaying: asyncio.Task[None] | None = None  # after READY
+        self._health: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self._exit_code = EXIT_OK
+        self._broken = False  # the process itself: its sessions' states are not to be trusted
         self._acknowledged = asyncio.Event()  # while leaving: all that was sent
         self._wake: asyncio.TimerHandle | None = None
         self._orphan: asyncio.TimerHandle | None = None
         self._orphan_grace_s = WELCOME_WITHIN_S
         self._flush_due = False
         self._signals = 0
-        self._lag_s = 0.0
-        self._lag_probe: float | None = None
+        self._lag = LoopLag(self._loop)
 
     async def serve(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -175,30 +184,50 @@ class Worker:
             self._acknowledged.set()
 
     def _turn(self) -> None:
-        for instruction in self._link.take():
-            match instruction:
-                case Run():
-                    if self._host is None:
-                        log.error("a call came before READY: %d requests", len(instruction.ids))
-                    else:
-                        self._host.run(instruction)
-                case Drop():
-                    if self._host is not None:
-                        self._host.drop(instruction.ids)
-                case Assign():
-                    self._starting = self._loop.create_task(self._start(instruction.assignment, instruction.arguments))
-                case Begin():
-                    if not self._begin.done():
-                        self._begin.set_result(instruction)
-                case Stop():
-                    self._leave(EXIT_OK, instruction.reason, instruction.grace_s)
-                case Welcomed():
-                    self._orphan_grace_s = float(instruction.fields.get("orphan_grace_s", self._orphan_grace_s))
-                    self._heartbeat.start(float(instruction.fields.get("heartbeat_s", BrokerConfig().heartbeat_s)))
-                case Refused():
-                    log.error("the broker at %s refused this worker: %s", self._options.broker, instruction.error)
-                    self._leave(EXIT_NO_BROKER, "refused", 0.0)
+        try:
+            for instruction in self._link.take():
+                self._carry_out(instruction)
+        except Exception as error:  # calls are half in: whoever waits for them would wait for ever
+            give_up(error)
         self._flush()
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        host = self._host
+        match instruction:
+            case Run():
+                if host is None:
+                    log.error("a call came before READY: %d requests", len(instruction.ids))
+                else:
+                    host.run(instruction)
+            case Drop():
+                if host is not None:
+                    host.drop(instruction.ids)
+            case Import():
+                if host is not None:
+                    host.take_state(instruction)
+            case Forget():
+                if host is not None:
+                    host.forget(instruction.sessions)
+            case Replay():
+                self._replays.append(instruction)
+                if host is not None and self._replaying is None:
+                    self._replaying = self._loop.create_task(self._replay_later(host))
+            case Assign():
+                self._starting = self._loop.create_task(self._start(instruction.assignment, instruction.arguments))
+            case Begin():
+                if not self._begin.done():
+                    self._begin.set_result(instruction)
+            case Stop():
+                code = EXIT_OK if instruction.replace else EXIT_DRAINED
+                self._leave(code, instruction.reason, instruction.grace_s)
+            case Welcomed():
+                self._orphan_grace_s = float(instruction.fields.get("orphan_grace_s", self._orphan_grace_s))
+                self._heartbeat.start(float(instruction.fields.get("heartbeat_s", BrokerConfig().heartbeat_s)))
+                if instruction.recovering and host is not None:
+                    host.tell_states()
+            case Refused():
+                log.error("the broker at %s refused this worker: %s", self._options.broker, instruction.error)
+                self._leave(EXIT_NO_BROKER, "refused", 0.0)
 
     def _flush_soon(self) -> None:
         # At the end of the turn: what other calls finish until then goes into the same envelope (W1).
@@ -208,8 +237,11 @@ class Worker:
 
     def _flush(self) -> None:
         self._flush_due = False
-        for frames in self._link.flush(time.monotonic()):
-            self._dealer.send(frames)
+        try:
+            for frames in self._link.flush(time.monotonic()):
+                self._dealer.send(frames)
+        except Exception as error:  # no memory for the envelope, or our socket was closed under us
+            give_up(error)
         deadline = self._link.next_deadline()
         if deadline is None:
             return
@@ -239,22 +271,11 @@ class Worker:
     def _beat(self) -> list[Frame] | None:
         """In the heartbeat's thread."""
         now = time.monotonic()
-        if self._lag_probe is None:
-            self._lag_probe = now
-            try:
-                self._loop.call_soon_threadsafe(self._loop_runs)
-            except RuntimeError:
-                return None  # the loop is closed
-            lag_s = self._lag_s
-        else:
-            lag_s = now - self._lag_probe
+        lag_s = self._lag.seen(now)
+        if lag_s is None:
+            return None
         oldest_s = self._host.oldest_s(now) if self._host is not None else 0.0
         return self._link.heartbeat({"oldest_s": oldest_s, "lag_s": lag_s, "rss": resident_bytes()})
-
-    def _loop_runs(self) -> None:
-        if self._lag_probe is not None:
-            self._lag_s = time.monotonic() - self._lag_probe
-            self._lag_probe = None
 
     # Becoming a rank.
 
@@ -263,22 +284,65 @@ class Worker:
             os.environ.update(assignment.environment())
             begin = await self._meet(assignment)
             os.environ.update(master_environment(begin.addr, begin.port))
-            enter(assignment)
-            cls = load_class(assignment)
-            args, kwargs = decode_call(arguments, trusted=assignment.trusted)
-            self._instance = cls(*args, **kwargs)
+            self._instance = make_instance(assignment, arguments)
             methods = find_methods(self._instance, assignment)
-            await _call_optional(self._instance, "setup")
+            await call_optional(self._instance, "setup")
+            host = ActorHost(
+                assignment,
+                self._instance,
+                methods,
+                self._link,
+                trusted=self._link.trusted,
+                on_reply=self._flush_soon,
+                on_broken=self._raised_fatally,
+            )
+            await self._replay(host)
         except asyncio.CancelledError:
             raise  # by a stop; nobody waits for READY any more
         except BaseException as error:  # SystemExit too: the caller of as_service is told, whatever it was
             log.error("%s could not be started", assignment.label, exc_info=trimmed(error))
-            self._link.unready(None, encode_exception(trimmed(error), trusted=self._link.trusted))
-            self._leave(EXIT_OK, "could not be started", 0.0)
+            self._give_in("could not be started", told(error), self._encoded(error))
             return
-        self._host = ActorHost(assignment, methods, self._link, trusted=self._link.trusted, on_reply=self._flush_soon)
-        self._link.ready()
+        self._host = host
+        self._link.ready(self._played)
         self._flush_soon()
+        health = getattr(self._instance, "health", None)
+        if health is not None and not hasattr(health, "__forge_endpoint__"):  # an endpoint is for its callers
+            self._health = self._loop.create_task(self._watch(health, assignment))
+
+    async def _replay(self, host: ActorHost) -> None:
+        while self._replays:
+            await host.replay(self._replays.popleft())
+            self._played += 1
+
+    async def _replay_later(self, host: ActorHost) -> None:
+        try:
+            await self._replay(host)
+        except BaseException as error:
+            if is_our_cancel(error):
+                raise
+            log.error("a replay failed", exc_info=trimmed(error))
+            self._give_in("a replay failed", told(error), self._encoded(error))
+            return
+        self._replaying = None
+        self._link.ready(self._played)
+        self._flush_soon()
+
+    async def _watch(self, health: Callable[[], Any], assignment: Assignment) -> None:
+        raised = await until_unhealthy(health, assignment.health_poll_rate)
+        if raised is not None:
+            self._give_in("health() failed", told(raised), self._encoded(raised))
+        else:
+            why = f"health() returned False {IN_A_ROW} times in a row"
+            self._give_in("health() failed", ReplicaLost(replica=assignment.label, why=why), None)
+
+    def _raised_fatally(self, exception: Payload) -> None:
+        log.error("an exception that breaks the process was raised; it ends, and the replica starts anew")
+        why = "an endpoint raised what breaks the process; its caller has the exception"
+        self._give_in("an exception broke the process", ReplicaLost(replica="this", why=why), exception)
+
+    def _encoded(self, error: BaseException) -> Payload:
+        return encode_exception(trimmed(error), trusted=self._link.trusted)
 
     async def _meet(self, assignment: Assignment) -> Begin:
         """Where the ranks meet. A single one need not ask anybody."""
@@ -292,31 +356,47 @@ class Worker:
 
     # Leaving.
 
-    def _leave(self, code: int, reason: str, grace_s: float) -> None:
-        """Stop, once: what comes first decides the exit code."""
+    def _give_in(self, reason: str, error: ForgeError | None, exception: Payload | None) -> None:
+        """We are no good any more, or never were: say so, behind what has ended, and leave."""
         if self._leaving is None:
-            faulthandler.dump_traceback_later(grace_s + LEAVE_WITHIN_S, exit=True)
-            self._leaving = self._loop.create_task(self._farewell(code, reason, grace_s))
+            self._broken = True
+            self._link.unready(error, exception)
+            self._flush_soon()
+            self._leave(EXIT_OK, reason, 0.0)
 
-    async def _farewell(self, code: int, reason: str, grace_s: float) -> None:
+    def _leave(self, code: int, reason: str, grace_s: float) -> None:
+        """Stop, once: what comes first decides the exit code, but that nobody is wanted in our place is heard later too."""
+        if self._leaving is not None:
+            if code == EXIT_DRAINED and self._exit_code == EXIT_OK:
+                self._exit_code = code
+            return
+        self._exit_code = code
+        for task in (self._health, self._replaying):
+            # One of them may be what says so; it ends by itself.
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+        faulthandler.dump_traceback_later(grace_s + LEAVE_WITHIN_S, exit=True)
+        self._leaving = self._loop.create_task(self._farewell(reason, grace_s))
+
+    async def _farewell(self, reason: str, grace_s: float) -> None:
         try:
             if self._starting is not None and not self._starting.done():
                 self._starting.cancel()
                 await asyncio.wait([self._starting])
             if self._host is not None:
-                await self._host.finish(grace_s)
+                await self._host.finish(grace_s, checkpoints=not self._broken)
             failed = await self._tear_down()
             await self._say_bye(f"{reason}; {failed}" if failed else reason)
         finally:
             if not self._over.done():
-                self._over.set_result(code)
+                self._over.set_result(self._exit_code)
 
     async def _tear_down(self) -> str:
         """Run the actor's teardown; returns what went wrong with it, or nothing. What never became READY has none."""
         if self._host is None:
             return ""
         try:
-            await _call_optional(self._instance, "teardown")
+            await call_optional(self._instance, "teardown")
         except BaseException as error:
             log.error("teardown of %s failed", type(self._instance).__name__, exc_info=trimmed(error))
             return f"teardown raised {type(error).__name__}: {error}"
@@ -351,7 +431,7 @@ class Worker:
         except BlockingIOError:
             return
         self._loop.remove_reader(owner)
-        self._leave(EXIT_OK, "its supervisor is gone", SIGNAL_GRACE_S)
+        self._leave(EXIT_OK, "its supervisor is gone", OWNER_GONE_GRACE_S)
 
     def _orphaned(self) -> None:
         log.error("the broker at %s has been gone for %s s", self._options.broker, self._orphan_grace_s)
@@ -364,35 +444,6 @@ class Worker:
             self._leave(EXIT_NO_BROKER, "unreachable", 0.0)
 
 
-async def _call_optional(instance: object, name: str) -> None:
-    """Call a method that a class may leave out, and that may be async or plain."""
-    method = getattr(instance, name, None)
-    if method is not None:
-        result = method()
-        if inspect.isawaitable(result):
-            await result
-
-
-def choose_master(broker: str) -> tuple[str, int]:
-    """An address of this machine and a port that is free now, for the ranks to meet (A7).
-
-    The other ranks may be on other machines: the address from which this one reaches the broker is one that machines of
-    the cluster know. Somebody may take the port before torch does; then `setup` fails and the replica is started again.
-    """
-    addr = "127.0.0.1"
-    if broker.startswith("tcp://"):
-        host, _, port = broker.removeprefix("tcp://").rpartition(":")
-        family, kind, _, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing; the kernel picks the route
-            addr = probe.getsockname()[0]
-    with socket.create_server((addr, 0), family=socket.AF_INET6 if ":" in addr else socket.AF_INET) as server:
-        return addr, int(server.getsockname()[1])
-
-
-def resident_bytes() -> int:
-    """Memory of this process; where there is no /proc, the most it ever had."""
-    try:
-        return int(Path("/proc/self/statm").read_bytes().split()[1]) * resource.getpagesize()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def told(error: BaseException) -> ForgeError:
+    """An exception of the user's as a line for `forge status`: the broker never looks into the exception itself (W2)."""
+    return ReplicaLost(replica="this", why=f"{type(error).__name__}: {error}"[:TOLD_AT_MOST])

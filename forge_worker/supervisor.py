@@ -20,6 +20,7 @@ from forge_client.gpus import check_gpus
 
 log = logging.getLogger("forge_worker")
 
+EXIT_DRAINED: Final = 64
 EXIT_NO_BROKER: Final = 69
 FIRST_BACKOFF_S: Final = 0.2
 LONGEST_BACKOFF_S: Final = 10.0
@@ -29,8 +30,9 @@ SETTLED_S: Final = 5.0  # a child that lived for so long did not die of what kil
 def supervise(broker: str, gpus: tuple[str, ...], labels: Mapping[str, str]) -> int:
     """Run workers for `broker`, one after another, until SIGTERM or SIGINT; a second signal ends the child at once.
 
-    Returns the exit code: 0 when stopped, 69 when no broker answers or it refuses us (the child has said so on stderr).
-    Raises ConfigError when this machine has not the GPUs named. Call it in the main thread.
+    Returns the exit code: 0 when stopped, here or by a broker that wants no worker in its place any more; 69 when no
+    broker answers or it refuses us (the child has said so on stderr). Raises ConfigError when this machine has not the
+    GPUs named. Call it in the main thread.
     """
     check_gpus(gpus, os.environ)
     if not log.handlers:
@@ -60,6 +62,8 @@ class _Supervisor:
             born = time.monotonic()
             code = await self._one_child()
             lived_s = time.monotonic() - born
+            if code == EXIT_DRAINED:
+                return 0  # another one would be sent away again, or find no broker
             if code == EXIT_NO_BROKER and not self._stopped.is_set():
                 return EXIT_NO_BROKER
             # A normal end is a replica's stop. Even after that a moment, lest a broker that sends everybody away at once
@@ -92,6 +96,7 @@ class _Supervisor:
         if again:
             self._child.kill()
         else:
+            log.info("draining; once more to end now")
             self._child.terminate()
 
 

@@ -7,6 +7,7 @@ alive, and its futures cost more than many a call.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -51,3 +52,28 @@ class Threads:
             self.free += 1
             self._idle += 1
             done(value)
+
+
+async def in_thread(loop: asyncio.AbstractEventLoop, name: str, work: Callable[[], Any]) -> Any:
+    """What `work` returns, from a thread of its own; raises what it raises, awaits what it returns."""
+    ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if not ended.done():  # cancelled meanwhile
+            ended.set_result((value, error))
+
+    def run() -> None:
+        try:
+            value, error = work(), None
+        except BaseException as raised:
+            value, error = None, raised
+        try:
+            loop.call_soon_threadsafe(settle, value, error)
+        except RuntimeError:
+            return  # the loop is closed, as above
+
+    threading.Thread(target=run, name=f"forge-{name}", daemon=True).start()
+    value, error = await ended
+    if error is not None:
+        raise error
+    return await value if inspect.isawaitable(value) else value

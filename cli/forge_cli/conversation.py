@@ -6,12 +6,17 @@ Our hello says `detached`: nothing that was deployed ends with a command. Errors
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from forge_cli.terminal import spinner
 
 if TYPE_CHECKING:
+    import socket
+
     from forge_client.client import Client
+
+_REACH_S: Final = 1.0
+_UCRED_BYTES: Final = 12  # struct ucred: pid, uid, gid
 
 T = TypeVar("T")
 
@@ -26,7 +31,7 @@ def converse(
     """What `ask` gives, asked over a connection of its own; `waiting` is said meanwhile on a terminal.
 
     `patient`: wait for a broker that is not there yet, as a script wants that has just started it. Others hear at once that
-    nobody listens at an ipc address. Raises BrokerUnreachable, BrokerLost, VersionMismatch, and what `ask` raises.
+    nobody listens there. Raises BrokerUnreachable, BrokerLost, VersionMismatch, and what `ask` raises.
     """
     import asyncio
 
@@ -47,20 +52,51 @@ async def _converse(address: str, ask: Callable[[Client], Awaitable[T]], waiting
 
 
 def somebody_listens(address: str) -> bool:
-    """False when it is certain that nobody does: no socket at an ipc path, or one left behind by a broker that was killed."""
+    """False when it is certain that nobody does: a port that refuses, no socket at an ipc path, or one left behind by a broker
+    that was killed."""
+    try:
+        with _reach(address):
+            return True
+    except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+        return False
+    except OSError:
+        return True  # busy, not ours to enter, a name nobody knows: the attempt itself will say more
+
+
+def process_behind(address: str) -> int | None:
+    """The pid of the broker at an ipc address, as the kernel knows it; None where it cannot be told: tcp, another system or
+    container, nobody there."""
+    import socket
+    import struct
+
+    if not (address.startswith("ipc://") and hasattr(socket, "SO_PEERCRED")):
+        return None
+    try:
+        with _reach(address) as probe:
+            found = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED_BYTES)
+    except OSError:
+        return None
+    pid: int = struct.unpack("3i", found)[0]
+    return pid or None  # 0: it is in another pid namespace
+
+
+def _reach(address: str) -> socket.socket:
+    """A bare connection, without a word of the protocol. Raises OSError."""
     import socket
 
     from forge_contract.addresses import ipc_path
 
     path = ipc_path(address)
     if path is None:
-        return True
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
-            return False
-        except OSError:
-            return True  # busy, or not ours to enter: the attempt itself will say more
-    return True
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        if not port.isdecimal():
+            raise OSError(f"{address} names no port")
+        return socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S)
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.settimeout(_REACH_S)
+        probe.connect(str(path))
+    except BaseException:
+        probe.close()
+        raise
+    return probe

@@ -56,5 +56,6 @@ def failure_of(error: Exception) -> Failure | None:
         return Misused(str(error))
     trace = error.__cause__.traceback if isinstance(error.__cause__, RemoteTraceback) else ""
     if trace or isinstance(error, ForgeError):
-        return Failure(f"{type(error).__name__}: {error}", trace)
+        # Notes say what the error itself does not know: which rank it was, what became of a dead letter.
+        return Failure("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])]), trace)
     return None

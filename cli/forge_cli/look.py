@@ -20,28 +20,31 @@ REFRESH_S: Final = 1.0
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="The broker's own answer.")
 @click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
+@click.option("--verbose", "-v", is_flag=True, help="Last errors in full, and all that a recovering broker misses.")
 @broker_option
-def status(as_json: bool, watch: bool, broker: str) -> None:
+def status(as_json: bool, watch: bool, verbose: bool, broker: str) -> None:
     """Show services, replicas, queues, sessions and workers.
 
-    Below the tables stands why a replica is pending and what its last error was.
+    Below the tables stands why a replica is pending, what its last error was (exit code or signal, and the last lines of its stderr),
+    and which workers are lost.
 
     \b
     Examples:
       forge status
       forge status --watch
+      forge status --verbose
       forge status --json | jq '.services[].queues'
     """
     if watch:
         try:
-            converse(broker, lambda client: _watch(client, broker, as_json))
+            converse(broker, lambda client: _watch(client, broker, as_json, verbose))
         except KeyboardInterrupt:
             return  # that is how one stops watching
     answer = converse(broker, lambda client: client.control("status", {}))
     if as_json:
         write_json(answer)
     else:
-        _print(answer, broker)
+        _print(answer, broker, verbose)
 
 
 @click.command(short_help="Show worker processes: where they are and what they run.")
@@ -75,7 +78,7 @@ def explain(subject: str, broker: str) -> None:
     \b
     Examples:
       forge explain gen/0                 a replica
-      forge explain 1a2b3c-17             a request: current_request() inside an endpoint, or an error's text
+      forge explain 1a2b3c-17             a request: current_request() inside an endpoint, or `forge dead list`
       forge explain w-6f0e2d1c8b7a4953    a worker, as `forge workers` names it
     """
     answer = converse(broker, lambda client: client.control("explain", {"subject": subject}))
@@ -83,13 +86,13 @@ def explain(subject: str, broker: str) -> None:
         click.echo(line)
 
 
-def _print(answer: dict[str, Any], address: str) -> None:
+def _print(answer: dict[str, Any], address: str, verbose: bool) -> None:
     from forge_cli.tables import status_page
 
-    stdout_console().print(status_page(answer, address))
+    stdout_console().print(status_page(answer, address, verbose=verbose))
 
 
-async def _watch(client: Client, address: str, as_json: bool) -> None:
+async def _watch(client: Client, address: str, as_json: bool, verbose: bool) -> None:
     """Until it is cancelled. Raises BrokerLost when the broker is gone for good."""
     import asyncio
 
@@ -99,22 +102,24 @@ async def _watch(client: Client, address: str, as_json: bool) -> None:
             if as_json:
                 write_json(answer, indent=None)
             else:
-                _print(answer, address)
+                _print(answer, address, verbose)
                 click.echo()
             await asyncio.sleep(REFRESH_S)
-    await _watch_on_screen(client, address)
+    await _watch_on_screen(client, address, verbose)
 
 
-async def _watch_on_screen(client: Client, address: str) -> None:
+async def _watch_on_screen(client: Client, address: str, verbose: bool) -> None:
     import asyncio
+    from functools import partial
 
     from rich.live import Live
 
     from forge_cli.tables import duration, status_page
 
     loop = asyncio.get_running_loop()
+    page = partial(status_page, address=address, verbose=verbose)
     answer = await client.control("status", {})
-    with Live(status_page(answer, address), console=stdout_console(), screen=True, auto_refresh=False) as live:
+    with Live(page(answer), console=stdout_console(), screen=True, auto_refresh=False) as live:
         while True:
             await asyncio.sleep(REFRESH_S)
             asked_at = loop.time()
@@ -122,6 +127,6 @@ async def _watch_on_screen(client: Client, address: str) -> None:
             while not (await asyncio.wait({asking}, timeout=REFRESH_S))[0]:
                 # The last page stays, with its age: what was true before a broker fell silent is what one wants to see.
                 note = f"no answer from the broker for {duration(loop.time() - asked_at)}"
-                live.update(status_page(answer, address, note=note), refresh=True)
+                live.update(page(answer, note=note), refresh=True)
             answer = asking.result()
-            live.update(status_page(answer, address), refresh=True)
+            live.update(page(answer), refresh=True)

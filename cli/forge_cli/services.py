@@ -114,7 +114,7 @@ def call(endpoint: str, arguments: str | None, timeout: float | None, broker: st
             f"{endpoint!r} is no SERVICE.ENDPOINT, such as gen.predict", param_hint="SERVICE.ENDPOINT"
         )
     positional, keywords = read_arguments(arguments)
-    _import_from_here()  # a result may be of a class that is defined here
+    import_from_here()  # a result may be of a class that is defined here
     result = converse(
         broker,
         lambda client: _call(service, method, positional, keywords, timeout),
@@ -148,7 +148,7 @@ def load_class(target: str) -> type[ForgeActor]:
     if not (colon and module_name and qualname) or module_name.endswith(".py") or "/" in module_name:
         hint = module_name.removesuffix(".py").removeprefix("./").replace("/", ".") or "module"
         raise Misused(f"{target!r} is no MODULE:CLASS, such as {hint}:{qualname or 'Generator'}")
-    _import_from_here()
+    import_from_here()
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -169,7 +169,8 @@ def load_class(target: str) -> type[ForgeActor]:
     return check_actor_class(found)
 
 
-def _import_from_here() -> None:
+def import_from_here() -> None:
+    """Classes of the current directory can be found, as `python -m` would find them."""
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)

@@ -26,26 +26,28 @@ STYLES: Final = {
     "LOST": "bold red",
 }
 LAG_SHOWN_FROM_S: Final = 0.1
+MISSING_SHOWN: Final = 5
+ERROR_LINES_SHOWN: Final = 5  # of a replica's stderr; `--verbose` shows all that the broker kept
 SESSIONS_SHOWN: Final = 10  # there may be thousands; `forge status --json` has more, `forge explain` any of them
 
 
-def status_page(status: Mapping[str, Any], address: str, note: str = "") -> RenderableType:
-    """All of `forge status`. `note`: what is wrong with the page itself, such as its age."""
+def status_page(status: Mapping[str, Any], address: str, note: str = "", *, verbose: bool = False) -> RenderableType:
+    """All of `forge status`. `note`: what is wrong with the page itself, such as its age. `verbose`: last errors in full."""
     services = status["services"]
-    parts: list[RenderableType] = [_head(status, address, note)]
+    parts: list[RenderableType] = [_head(status, address, note, verbose)]
     if services:
         parts += [_services(services), _replicas(services), _queues(services), *_sessions(services)]
     else:
         parts.append(Text("no services; `forge deploy module:Class --name gen` starts one", "dim"))
     parts.append(worker_table(status["workers"]))
-    trouble = troubles(services)
+    trouble = [*troubles(services, verbose), *_lost(status["workers"])]
     if trouble:
-        parts.append(Text("\n".join(trouble), "yellow"))
+        parts.append(Group(*trouble))
     # An empty line between two parts.
     return Group(*(one for at, part in enumerate(parts) for one in ((Text(), part) if at else (part,))))
 
 
-def _head(status: Mapping[str, Any], address: str, note: str) -> Text:
+def _head(status: Mapping[str, Any], address: str, note: str, verbose: bool) -> Text:
     gpus = status["gpus"]
     free = sum(not holder for holder in gpus.values())
     facts = [
@@ -67,8 +69,11 @@ def _head(status: Mapping[str, Any], address: str, note: str) -> Text:
         else []
     )
     head = Text.assemble((f"broker at {address}", "bold"), "\n", " · ".join(facts))
+    dead = status.get("dead_letters") or 0
     for style, said in (
+        ("bold yellow", _recovering(status.get("recovering"), verbose)),
         ("bold yellow", status["terminating"] and f"ending: {status['terminating']}"),
+        ("yellow", dead and f"{_count(dead, 'dead letter')}: see `forge dead list`"),
         ("bold red", note),
     ):
         if said:
@@ -76,14 +81,26 @@ def _head(status: Mapping[str, Any], address: str, note: str) -> Text:
     return head
 
 
+def _recovering(window: Mapping[str, Any] | None, verbose: bool) -> str:
+    """What the recovery window waits for (F10); empty when there is none."""
+    if not window:
+        return ""
+    missing = list(window["missing"])
+    shown = missing if verbose else missing[:MISSING_SHOWN]
+    more = f"; and {len(missing) - len(shown):,} more" if len(missing) > len(shown) else ""
+    awaited = f"still missing: {'; '.join(shown)}{more}" if missing else "nothing that is known of is missing"
+    return f"recovering for another {duration(window['until_s'])}, {awaited}"
+
+
 def _services(services: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("SERVICE", "~CLASS", "#HEALTHY", "#WAITING", "#SESSIONS", "#CALLS/S", "~")
     for service in services:
         replicas = service["replicas"]
         healthy = sum(replica["healthy"] for replica in replicas)
+        draining = sum(replica["state"] == "DRAINING" for replica in replicas)
         waiting = sum(service["queues"].values()) + sum(replica["queue_size"] for replica in replicas)
         remarks = [
-            "stopping" if service["stopping"] else "",
+            "stopping" if service["stopping"] else f"{draining} draining" if draining else "",
             "actor" if service["kind"] == "actor" else "",
             "" if service["detached"] else "ends with its client",
         ]
@@ -167,15 +184,79 @@ def worker_table(workers: Sequence[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
-def troubles(services: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why replicas wait, and what last went wrong with them: one paragraph each."""
-    told = []
+def troubles(services: Sequence[Mapping[str, Any]], verbose: bool = False) -> list[Text]:
+    """Why replicas wait, and what last went wrong with them: a paragraph each, the lines of its stderr indented below."""
+    told: list[Text] = []
     for replica in (replica for service in services for replica in service["replicas"]):
         if replica["pending"]:
-            told.append(f"{replica['name']} is pending, because it {replica['pending']}")
+            told.append(Text(f"{replica['name']} is pending, because it {_printable(replica['pending'])}", "yellow"))
         if replica["last_error"]:
-            told.append(f"{replica['name']} last error: {replica['last_error']}")
+            head, *lines = replica["last_error"].splitlines()
+            told.append(Text(f"{replica['name']} last error: {_printable(head)}", "yellow"))
+            told += _stderr(lines, verbose)
     return told
+
+
+def _stderr(lines: Sequence[str], verbose: bool) -> list[Text]:
+    """The last of them, as the last say what it died of, each cut at the edge of the screen."""
+    shown = lines if verbose else lines[-ERROR_LINES_SHOWN:]
+    told = []
+    if len(shown) < len(lines):
+        told.append(Text(f"    … {_count(len(lines) - len(shown), 'line')} before: forge status --verbose", "dim"))
+    for line in shown:
+        text = f"    {_printable(line.removeprefix('  '))}"
+        told.append(Text(text, "dim") if verbose else Text(text, "dim", no_wrap=True, overflow="ellipsis"))
+    return told
+
+
+def _lost(workers: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """Silent on another host: what they hold stays taken until they are heard from (F1)."""
+    told = []
+    for worker in (worker for worker in workers if worker["state"] == "LOST"):
+        gpus = f"; GPU {', '.join(worker['gpus'])} there stays taken until it is heard from" if worker["gpus"] else ""
+        silent = f"nothing was heard of it for {duration(worker['silent_s'])}"
+        told.append(Text(f"{worker['name']} on {worker['hostname']} is lost: {silent}{gpus}", "yellow"))
+    return told
+
+
+def dead_table(letters: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """`forge dead list`."""
+    if not letters:
+        return Text("no dead letters", "dim")
+    table = _table("DEAD LETTER", "ENDPOINT", "#ATTEMPTS", "#DIED", "#ARGUMENTS", "~WHY")
+    for letter in letters:
+        table.add_row(
+            letter["id"],
+            _called(letter),
+            _number(letter["attempts"]),
+            f"{duration(letter['died'])} ago",
+            size(letter["bytes"]),
+            _printable(letter["why"].partition("\n")[0]),
+        )
+    return table
+
+
+def dead_page(letter: Mapping[str, Any]) -> RenderableType:
+    """`forge dead show`."""
+    died = f"{duration(letter['died'])} ago, after {_count(letter['attempts'], 'attempt')}"
+    why, *lines = letter["why"].splitlines() or [""]
+    return Group(
+        Text(f"{letter['id']} called {_called(letter)} and died {died}", "bold"),
+        Text(f"the last time: {_printable(why)}", "yellow"),
+        *_stderr(lines, verbose=True),
+        Text(f"{size(letter['bytes'])} of arguments are kept for `forge dead retry {letter['id']}`"),
+        Text(),
+        *(Text(_printable(line)) for line in letter["story"]),
+    )
+
+
+def _called(letter: Mapping[str, Any]) -> str:
+    return f"{letter['service']}.{letter['endpoint']}"
+
+
+def _printable(text: str) -> str:
+    """Without what would move the cursor or recolour the screen: the text was written by a process that died."""
+    return "".join(one if one.isprintable() else " " if one == "\t" else "\ufffd" for one in text)
 
 
 def state(name: str) -> Text:

@@ -20,7 +20,8 @@ def worker(context: click.Context, gpu: str, broker: str, labels: tuple[str, ...
     """Offer this machine to a broker: one process, which serves one replica after another.
 
     A broker starts workers on its own machine by itself; this is for other machines, and for GPUs that you hand out yourself. It
-    runs until Ctrl-C (a second one does not wait for running calls). Without a broker for 10 s it ends with exit code 69.
+    runs until Ctrl-C or SIGTERM: the first one drains (running calls finish, its replica starts anew elsewhere), the second one ends
+    it at once. It also ends when it is drained by `forge drain`. Without a broker for 10 s it ends with exit code 69.
 
     \b
     Examples:

@@ -45,7 +45,8 @@ def endpoint(method: Method, /) -> Method: ...
 @overload
 def endpoint(**options: Any) -> Callable[[Method], Method]: ...
 def endpoint(method: Any = None, /, **options: Any) -> Any:
-    """Mark a method as callable from outside. Options: those of `service_endpoint`.
+    """Mark a method as callable from outside. Options: those of `service_endpoint`, and replay_last: the last `fanout`
+    that succeeded everywhere is played to replicas that start later, before they are HEALTHY (A11; new weights, say).
 
     Raises ConfigError at once for an unknown option, one that cannot hold, or what is no plain method.
     """
@@ -62,7 +63,8 @@ def service_endpoint(method: Any = None, /, **options: Any) -> Any:
     """Mark a method and say how a service routes its calls.
 
     Options: router (instance, class or factory), batch_size, batch_timeout (seconds), batch_mode ("route" or "call"),
-    threads (of a plain def), delivery, timeout (seconds). Raises ConfigError as `endpoint` does.
+    threads (of a plain def), timeout (seconds), delivery ("at_least_once" or "at_most_once"), hang_timeout_s (seconds: a
+    call that runs longer restarts its replica), replay_last. Raises ConfigError as `endpoint` does.
     """
     if method is not None:
         return _mark(method, "service_endpoint", {})
@@ -82,8 +84,10 @@ class ForgeActor:
     def options(cls, **options: Any) -> type[Self]:
         """A subclass with these options of `ServiceConfig`; what is not given is inherited (A2).
 
-        Raises ConfigError, there and then, for an unknown option or options that cannot hold together.
+        `fatal_errors` takes exception classes and their names. Raises ConfigError, there and then, for an unknown option
+        or options that cannot hold together.
         """
+        options = _named(options)
         ServiceConfig().replace(**options)
         configured = type(
             cls.__name__,
@@ -153,12 +157,40 @@ def service_config(cls: type[ForgeActor]) -> ServiceConfig:
         namespace = one.__dict__
         own = {name: namespace[name] for name in known & namespace.keys() if _is_plain(namespace[name])}
         for given in (own, namespace.get(_OPTIONS, {})):
-            layer = dict(given)
+            layer = _named(given)
             # Two names of one setting: inherited under one and given under the other, they would contradict each other.
             if "default_replicas" in layer and "num_replicas" not in layer:
                 layer["num_replicas"] = layer.pop("default_replicas")
             found |= layer
     return ServiceConfig().replace(**found)
+
+
+def _named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with exceptions by name: the broker and the worker compare names, and import nothing for it."""
+    fatal = options.get("fatal_errors")
+    if fatal is None:
+        return dict(options)
+    several = fatal if isinstance(fatal, (tuple, list, set, frozenset)) else (fatal,)
+    return {**options, "fatal_errors": tuple(_error_name(one) for one in several)}
+
+
+def _error_name(error: Any) -> Any:
+    """`package.module.Error`, or `ValueError` for a builtin one. What is no exception is left for the config to refuse."""
+    if isinstance(error, type) and issubclass(error, BaseException):
+        error = f"{error.__module__}.{error.__qualname__}"
+    return error.removeprefix("builtins.") if isinstance(error, str) else error
+
+
+def exports_sessions(cls: type) -> bool:
+    """Whether the class can hand over the state of a session (S3). Raises ConfigError when it has half of what it takes."""
+    has = {name: callable(getattr(cls, name, None)) for name in ("export_session", "import_session")}
+    if any(has.values()) and not all(has.values()):
+        there, missing = sorted(has, key=has.__getitem__, reverse=True)
+        raise ConfigError(
+            where=origin_of(cls).__qualname__,
+            message=f"it defines {there} and no {missing}; a session's state moves only with both",
+        )
+    return all(has.values())
 
 
 def _is_plain(value: object) -> bool:

@@ -7,6 +7,7 @@ notices, shared by all handles of the service in this loop. Handles come and go;
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from forge_client.metrics import Metrics
 from forge_client.signature import Matcher
 from forge_contract.errors import BrokerLost, ProtocolError, ServiceStopped, UnknownService, from_wire
+from forge_contract.framing import Payload
 
 if TYPE_CHECKING:
     from forge_client.client import Client
@@ -43,13 +45,18 @@ class Binding:
     def __init__(self, client: Client, description: dict[str, Any]) -> None:
         self.client = client
         self.description = description
-        self.incarnation = client.incarnation
+        self.incarnation = client.incarnation  # the broker's that has the service now; a successor's after a recovery
         self.started_here = False
+        # What a broker without memory needs to have the service again, and the constructor's arguments (PROTOCOL.md
+        # §7.2). Of services that this client started, and that end with it: nobody else would declare them.
+        self.deed: tuple[dict[str, Any], Payload] | None = None
         self.over: Callable[[], Exception] | None = None
         self.sessions: dict[str, Session] = {}
         self._stopping: asyncio.Future[dict[str, Any]] | None = None
         try:
             self.service = int(description["service"])
+            # What the service is called among all of all brokers; a recovery changes nothing about it.
+            self.key = (self.incarnation, self.service)
             self.name = str(description["name"])
             self.sizes: dict[str, int] = dict(description.get("sizes") or {"procs": 1})
             self.state_epoch = int(description.get("state_epoch") or 0)
@@ -73,11 +80,6 @@ class Binding:
         return f"<Binding {self.name} service {self.service} {'over' if self.over else 'bound'}>"
 
     @property
-    def key(self) -> tuple[int, int]:
-        """What the service is called among all of all brokers."""
-        return (self.incarnation, self.service)
-
-    @property
     def world(self) -> int:
         """Ranks of a replica."""
         return math.prod(self.sizes.values())
@@ -94,6 +96,25 @@ class Binding:
     def detached(self) -> bool:
         return self.description.get("detached") is True
 
+    def declared_sessions(self) -> list[list[Any]]:
+        """The sessions of this service that are open here, as a hello declares them."""
+        return (
+            [] if self.over else [[self.service, one.session_id, one.hints, one.used] for one in self.sessions.values()]
+        )
+
+    def keep_deed(self, spec: dict[str, Any], payload: Payload, *, owner: int, trusted: bool) -> None:
+        """Remember how the service was made, for a broker that has forgotten it."""
+        ids = self.description["endpoints"]
+        deed = {
+            "service": self.service,
+            "name": self.name,
+            "spec": spec,
+            "endpoints": [ids[one["name"]] for one in spec["endpoints"]],
+            "owner": owner,
+            "trusted": trusted,
+        }
+        self.deed = (deed, payload)
+
     def learn(self, snapshot: Any) -> Metrics:
         """Take in the broker's latest figures (X4)."""
         self.metrics = Metrics(snapshot)
@@ -103,7 +124,8 @@ class Binding:
         if topic == "metrics":
             self.learn(fields.get("snapshot"))
         elif topic == "restarted":
-            self.state_epoch = int(fields.get("epoch") or self.state_epoch)
+            # Each such notice is a new state, also from a broker that has not counted the earlier ones.
+            self.state_epoch = max(int(fields.get("epoch") or 0), self.state_epoch + 1)
         elif topic == "stopped":
             error = fields.get("error")
             why = f": {from_wire(error)}" if error else ""
@@ -120,8 +142,7 @@ class Binding:
                 return
             self._stopping = self.client.control_soon("stop", {"service": self.service})
             self.ended(lambda: ServiceStopped(service=self.name, why=""))
-        try:
+        with contextlib.suppress(UnknownService, ServiceStopped, BrokerLost):  # it is stopped: what was asked for
             # Two may wait for one stop; the first one's cancellation is not the second one's.
             await asyncio.shield(self._stopping)
-        except (UnknownService, ServiceStopped, BrokerLost):
-            return  # it is stopped, which is what was asked for
+        self.deed = None

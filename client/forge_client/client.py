@@ -6,6 +6,9 @@ loop, without a task or callback for each. What is said on the wire is the link'
 
 Two clocks guard a call's timeout: the broker's, whose answer says how far the call got, and a moment later ours, for when
 there is no broker to answer. One heap and one timer of the loop serve all calls.
+
+A broker that is away is waited for, `orphan_grace_s` long: what is unanswered is kept by the link and said again to the
+one that comes back (F10). An embedded broker that dies comes back because we start it anew.
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ from typing import Any, Final
 from forge_client.binding import Binding
 from forge_client.call import Call
 from forge_client.dealer import Dealer
-from forge_client.embedded import EmbeddedBroker
+from forge_client.embedded import EmbeddedBroker, Watch
 from forge_client.heartbeat import Heartbeat
 from forge_client.identity import draw_name, hello_identity
-from forge_client.link import ClientLink
+from forge_client.link import ClientLink, Declared
 from forge_client.replies import Reader
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import (
@@ -32,6 +35,7 @@ from forge_contract.errors import (
     BrokerUnreachable,
     CallTimeout,
     ForgeError,
+    OutcomeUnknown,
     PayloadTooLarge,
     ServiceStopped,
     UnknownService,
@@ -64,7 +68,8 @@ class Client:
         self.over: Why | None = None  # why nothing can be sent any more
         self._bindings: dict[int, Binding] = {}
         self._timeouts: list[tuple[float, int, float]] = []  # (when, sequence, the timeout that passed)
-        self._lost_at: float | None = None
+        self._incarnations: set[int] = set()  # of brokers whose service ids are good here: each the other's successor
+        self._lost_at: float | None = None  # while the broker is away: when we stop waiting
         self._grace_s = 10.0
         self._lag_s = 0.0
         self.flush_due = False  # at the end of this turn: `touch` has been called
@@ -83,8 +88,7 @@ class Client:
         self._heartbeat = Heartbeat(address, self._beat)
         self._loop_end = self._until_the_loop_ends()
         _enter(self._loop_end)
-        if embedded is not None:
-            self.loop.add_reader(embedded.ended_fd, self._embedded_ended)
+        self._watch = None if embedded is None else Watch(embedded, self.loop, self._broker_lost)
 
     def __repr__(self) -> str:
         state = "closed" if self.over else self.link.state.value
@@ -100,6 +104,10 @@ class Client:
     @property
     def incarnation(self) -> int:
         return self.link.incarnation
+
+    def continues(self, incarnation: int) -> bool:
+        """Whether what ran under that broker runs under ours: it is ours, or ours has taken over from it."""
+        return incarnation in self._incarnations
 
     async def open(self, timeout_s: float) -> None:
         """Say hello and wait for the welcome. Raises BrokerUnreachable, or the broker's refusal."""
@@ -154,7 +162,7 @@ class Client:
         self.touch()
 
     async def control(self, op: str, fields: dict[str, Any], payload: Payload = b"") -> dict[str, Any]:
-        """Ask the broker (PROTOCOL.md §7, operations of CONTROL) and wait for its answer.
+        """Ask the broker (PROTOCOL.md §7, operations of CONTROL) and wait for its answer; a payload of it is there as `payload`.
 
         Raises the broker's error, or the user's exception that made it fail; BrokerLost.
         """
@@ -173,12 +181,15 @@ class Client:
         """Start a service; returns when all its replicas are HEALTHY. Cancelled, it leaves nothing started."""
         answer = self.control_soon("deploy", {"spec": spec}, payload)
         try:
-            return self.bind(await answer, started_here=True)
+            binding = self.bind(await answer, started_here=True)
         except asyncio.CancelledError:
             # The answer may have come in the very turn in which we were cancelled. If not, `answer` sees to it.
             if answer.done() and not answer.cancelled() and answer.exception() is None:
                 self.stop_unwanted(answer.result()["service"])
             raise
+        if not binding.detached:
+            binding.keep_deed(spec, payload, owner=self.link.client, trusted=self.trusted)
+        return binding
 
     def stop_unwanted(self, service: int) -> None:
         """Stop a service whose starter went away before it had the handle."""
@@ -231,8 +242,8 @@ class Client:
             return
         self.over = why
         self._heartbeat.stop()
-        if self.embedded is not None and not self.loop.is_closed():
-            self.loop.remove_reader(self.embedded.ended_fd)
+        if self._watch is not None:
+            self._watch.close()
         self._dealer.close(linger_s)
         self.link.close()
         if self._timer is not None:
@@ -269,7 +280,16 @@ class Client:
         send = self._dealer.send
         for frames in self.link.flush(now):
             send(frames)
+        if self._lost_at is not None or not self.link.heard:
+            self._wait_or_rejoice(now)
         self._arm(now)
+
+    def _wait_or_rejoice(self, now: float) -> None:
+        """Workers wait so long for their broker and then leave; whatever we wait for is lost with them."""
+        if self.link.heard:
+            self._lost_at = None
+        elif self._lost_at is None and self.link.welcomes:
+            self._lost_at = now + self._grace_s
 
     def _arm(self, now: float) -> None:
         """One timer for all. One that is armed too early stays: it looks again when it fires, which is cheaper than
@@ -291,8 +311,11 @@ class Client:
         now = _now()
         self._lag_s = max(0.0, now - self._timer_at)
         if self._lost_at is not None and self._lost_at <= now:
-            self._broker_lost(f"nothing was heard of it for {self._grace_s:g} s")
-            return
+            if self._lag_s < self._grace_s / 2:
+                self._broker_lost(f"nothing was heard of it for {self._grace_s:g} s")
+                return
+            # The loop was held up so long that we, not the broker, were away; what it said lies in the socket.
+            self._lost_at = now + self._grace_s
         while self._timeouts and self._timeouts[0][0] <= now:
             _, seq, timeout_s = heapq.heappop(self._timeouts)
             call: Call | None = self.link.unanswered.get(seq)
@@ -303,18 +326,12 @@ class Client:
         self._flush()
 
     def _reconnected(self) -> None:
-        self._lost_at = None
         self.link.reconnected(_now())
         self.touch()
 
     def _disconnected(self) -> None:
-        # Workers wait so long for their broker and then leave; whatever we wait for is lost with them.
-        if self.link.welcomes and self._lost_at is None:
-            self._lost_at = _now() + self._grace_s
-            self.touch()
-
-    def _embedded_ended(self) -> None:
-        self._broker_lost("the embedded broker's process has ended")
+        self.link.disconnected(_now())
+        self.touch()
 
     def _broker_lost(self, why: str) -> None:
         self._end(lambda: BrokerLost(address=self.address, why=why))
@@ -330,6 +347,9 @@ class Client:
     # What the link tells (`link.Listener`).
 
     def welcomed(self, fields: dict[str, Any]) -> None:
+        self._incarnations |= {self.incarnation, *fields.get("predecessors", ())}
+        for binding in self._bindings.values():
+            binding.incarnation = self.incarnation
         self._grace_s = float(fields.get("orphan_grace_s") or self._grace_s)
         self._heartbeat.start(float(fields.get("heartbeat_s") or BrokerConfig.heartbeat_s))
         if not self._opened.done():
@@ -342,7 +362,24 @@ class Client:
 
     def lost(self, waiters: list[Any], controls: list[Any]) -> None:
         why = "a broker that knows nothing of our calls answers in its place"
+        self._incarnations.clear()
         self._fail(waiters, controls, lambda: BrokerLost(address=self.address, why=why))
+
+    def unsure(self, waiters: list[Any]) -> None:
+        for call in waiters:
+            if not call.done():
+                call.set_exception(OutcomeUnknown(endpoint=call.reader.label, why="the broker died while it ran"))
+
+    def declares(self) -> Declared | None:
+        bindings = self._bindings.values()
+        if not bindings:
+            return None
+        deeds = [binding.deed for binding in bindings if binding.deed is not None]
+        return Declared(
+            services=[deed for deed, _ in deeds],
+            sessions=[row for binding in bindings for row in binding.declared_sessions()],
+            payloads=[payload for _, payload in deeds],
+        )
 
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Payload]) -> None:
         for call, status, payload in zip(waiters, statuses, payloads, strict=True):
@@ -379,7 +416,7 @@ class Client:
             if op == "deploy" and ok and "service" in fields:
                 self.stop_unwanted(fields["service"])
         elif ok:
-            answer.set_result(fields)
+            answer.set_result(fields if payload is None else {**fields, "payload": payload})
         elif payload:
             trusted = fields.get("trusted") is True
             try:

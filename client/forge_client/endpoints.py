@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from forge_client.call import Call
-from forge_client.link import Extras
+from forge_client.outgoing import Extras
 from forge_client.replies import FanoutReader, MeshReader, Reader
 from forge_client.session import active_sessions, session_of
 from forge_contract.config import field_names
@@ -133,6 +133,8 @@ class _Endpoint:
         call.seq = seq = client.link.submit(target.id, payload, call, extras, order)
         if extras is not None and extras.deadline is not None and self._timeout is not None:
             client.guard(seq, extras.deadline, self._timeout)
+        if session is not None and (opened := target.binding.sessions.get(session)) is not None:
+            opened.used = True
         client.touch()
 
     def _later(

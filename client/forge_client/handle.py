@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
-from forge_client.actor import ForgeActor, check_actor_class, endpoints_of, origin_of
+from forge_client.actor import ForgeActor, check_actor_class, endpoints_of, exports_sessions, origin_of
 from forge_client.binding import Binding
 from forge_client.call import Call
 from forge_client.connection import current_client
@@ -63,6 +63,7 @@ class Handle:
             )
         check_actor_class(cls)
         self._check_names(endpoints_of(cls))
+        exports_sessions(cls)
         init = Matcher(inspect.Signature()) if cls.__init__ is object.__init__ else Matcher.of(cls.__init__)
         init.check(f"{origin_of(cls).__name__}()", args, kwargs)
         self._begin(Plan(config, cls, args, kwargs))
@@ -257,7 +258,7 @@ class Handle:
     async def _rejoin(self, client: Client) -> Binding:
         assert isinstance(self._origin, Found)
         description, incarnation = self._origin
-        if incarnation != client.incarnation:
+        if not client.continues(incarnation):
             why = f": it ran under another broker than the one at {client.address}, to which this process is connected"
             raise ServiceStopped(service=self.name, why=why)
         return client.bind(description)

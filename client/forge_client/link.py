@@ -2,7 +2,8 @@
 
 `client` gives it a loop, a socket and futures; a simulation gives it a listener of its own and a virtual clock. Calls of
 one turn are gathered in runs, one message for each endpoint, and become columns when the turn is flushed. What a
-result means is for the listener: the link hands it payloads and the *waiter* that was given with the call.
+result means is for the listener: the link hands it payloads and the *waiter* that was given with the call. How calls become
+columns, and what is kept of them until they are answered, is in `outgoing`.
 
 Order (A6): a call with an `order` (its session, its actor) never gets into a run that stands before an earlier call of
 the same order; fan-outs and controls close all open runs, so nothing overtakes a weight update or the opening of its session.
@@ -13,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Final, NamedTuple, Protocol
 
+from forge_client.outgoing import Extras, Item, Plain, Run, Sent, payload_bytes
+from forge_contract.channel import PROBE_AFTER_S
 from forge_contract.errors import ForgeError, Overloaded, ProtocolError
-from forge_contract.framing import MAX_MESSAGES, Envelope, Frame, Outbox, Payload, Payloads, weigh
+from forge_contract.framing import MAX_MESSAGES, Envelope, Frame, Payload, Payloads, weigh
 from forge_contract.messages import (
     ANSWER,
     BYE,
@@ -26,7 +29,6 @@ from forge_contract.messages import (
     PARTS,
     RESULTS,
     Message,
-    column,
     spread,
 )
 from forge_contract.peer_link import LinkState, PeerLink
@@ -37,14 +39,12 @@ CALLS_A_MESSAGE: Final = 4096
 RETRY_AFTER_S: Final = 0.1  # a link at its limit drains in about as long: it is the age at which an ack is paid
 
 
-class Extras(NamedTuple):
-    """What a call may say beside its arguments; None instead of it when everything is default."""
+class Declared(NamedTuple):
+    """What of the client hangs on its broker, for a successor that knows nothing (PROTOCOL.md §5, `declares`)."""
 
-    deadline: float | None = None  # of the link's clock; travels as seconds remaining
-    session: str | None = None
-    priority: int = 0
-    hints: dict[str, Any] | None = None
-    rank: int | None = None
+    services: list[dict[str, Any]]  # deeds
+    sessions: list[list[Any]]  # [service, session, hints, used]
+    payloads: list[Payload]  # the constructor's arguments for each deed
 
 
 class Listener(Protocol):
@@ -56,66 +56,20 @@ class Listener(Protocol):
         """The broker does not know us any more: these will not be answered."""
         ...
 
+    def unsure(self, waiters: list[Any]) -> None:
+        """The broker died while these fan-outs ran. Its successor goes on with everything else."""
+        ...
+
+    def declares(self) -> Declared | None:
+        """None when nothing hangs on the broker."""
+        ...
+
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Payload]) -> None: ...
     def parts(
         self, trusted: bool, waiter: Any, points: list[list[int]], statuses: list[int], payloads: list[Payload]
     ) -> None: ...
     def answer(self, waiter: Any, ok: bool, fields: dict[str, Any], payload: Payload | None) -> None: ...
     def notice(self, topic: str, fields: dict[str, Any]) -> None: ...
-
-
-class _Run:
-    """Consecutive calls of one endpoint on their way into one message."""
-
-    __slots__ = ("endpoint", "extras", "kind", "payloads", "place", "seqs")
-
-    def __init__(self, kind: int, endpoint: int, place: int) -> None:
-        self.kind = kind
-        self.endpoint = endpoint
-        self.place = place
-        self.seqs: list[int] = []
-        self.payloads: list[Payload] = []
-        self.extras: list[Extras | None] | None = None
-
-    def message(self, outbox: Outbox, now: float) -> Message:
-        sizes = [outbox.attach(payload) for payload in self.payloads]
-        columns = _columns(self.extras, now) if self.extras is not None else {}
-        if self.kind == FANOUT:
-            return [FANOUT, self.endpoint, self.seqs[0], sizes[0], columns]
-        return [CALLS, self.endpoint, self.seqs, sizes, columns]
-
-
-class _Plain:
-    """A message with at most one payload."""
-
-    __slots__ = ("body", "payload")
-
-    def __init__(self, body: Message, payload: Payload | None = None) -> None:
-        self.body = body
-        self.payload = payload
-
-    def message(self, outbox: Outbox, now: float) -> Message:
-        return self.body if self.payload is None else [*self.body, outbox.attach(self.payload)]
-
-
-_NOTHING_EXTRA: Final = Extras()
-
-
-def _columns(extras: list[Extras | None], now: float) -> dict[str, Any]:
-    rows = [extra or _NOTHING_EXTRA for extra in extras]
-    wanted: dict[str, list[Any]] = {
-        "timeout": [None if row.deadline is None else max(0.0, row.deadline - now) for row in rows],
-        "session": [row.session for row in rows],
-        "priority": [row.priority for row in rows],
-        "hints": [row.hints for row in rows],
-        "rank": [row.rank for row in rows],
-    }
-    # An item that says nothing is nil, and a column of such items is left out; 0 is the default of priority alone.
-    return {
-        name: column(values)
-        for name, values in wanted.items()
-        if any(value is not None if name != "priority" else value for value in values)
-    }
 
 
 _UNKNOWN: Final = object()
@@ -135,22 +89,26 @@ class ClientLink(PeerLink):
         self.welcomes = 0
         self.refused_replies = 0  # of calls that are not ours, or have been answered
         self.unanswered: dict[int, Any] = {}  # sequence → waiter, None when cancelled
-        self._hello = hello
+        self._identity = hello
         self._detached = detached
         self._listener = listener
         self._sequence = 0
         self._control_number = 0
         self._controls: dict[int, Any] = {}
-        self._forget()
+        self.sent = Sent(self.unanswered, self._controls)
+        self._held = False
+        self._ask_at: float | None = None  # while held, and connected again: when to probe once more
+        self._declared: Declared | None = None  # by the last hello
+        self._next_turn()
 
-    def _forget(self) -> None:
-        self._turn: list[_Run | _Plain] = []
+    def _next_turn(self) -> None:
+        self._turn: list[Item] = []
         self._cancels: list[int] = []
         self._turn_bytes = 0
         self._close_runs()
 
     def _close_runs(self) -> None:
-        self._open: dict[int, _Run] = {}
+        self._open: dict[int, Run] = {}
         self._last: dict[Hashable, int] = {}
 
     # What the client says.
@@ -164,7 +122,7 @@ class ClientLink(PeerLink):
         order: Hashable | None = None,
     ) -> int:
         """Call an endpoint once; returns the sequence number. Raises Overloaded when the link's credit is used up."""
-        size = len(payload) if type(payload) is bytes else weigh(payload)
+        size = len(payload) if type(payload) is bytes else weigh(payload)  # `payload_bytes`, without its call
         self._turn_bytes += size
         if self._turn_bytes + self.channel.kept_bytes > self.link_bytes:
             self._refuse_or_bear(size)
@@ -175,7 +133,7 @@ class ClientLink(PeerLink):
             or len(run.seqs) == CALLS_A_MESSAGE
             or (order is not None and self._last.get(order, 0) > run.place)
         ):
-            run = self._open[endpoint] = _Run(CALLS, endpoint, len(self._turn))
+            run = self._open[endpoint] = Run(CALLS, endpoint, len(self._turn))
             self._turn.append(run)
         if order is not None:
             self._last[order] = run.place
@@ -192,7 +150,7 @@ class ClientLink(PeerLink):
         """Call an endpoint on every replica that is healthy when the broker reads this."""
         self._take_credit(payload)
         self._sequence = seq = self._sequence + 1
-        run = _Run(FANOUT, endpoint, len(self._turn))
+        run = Run(FANOUT, endpoint, len(self._turn))
         run.seqs.append(seq)
         run.payloads.append(payload)
         if extras is not None:
@@ -213,16 +171,17 @@ class ClientLink(PeerLink):
         self._take_credit(payload)
         self._control_number += 1
         self._controls[self._control_number] = waiter
-        self._turn.append(_Plain([CONTROL, self._control_number, op, fields], payload))
+        self._turn.append(Plain([CONTROL, self._control_number, op, fields], payload))
         self._close_runs()
         return self._control_number
 
     def bye(self, reason: str) -> None:
         if self.state is LinkState.OPEN:
-            self._turn.append(_Plain([BYE, reason]))
+            self._held = False  # there is no later turn to wait for
+            self._turn.append(Plain([BYE, reason]))
 
     def _take_credit(self, payload: Payload) -> None:
-        size = len(payload) if type(payload) is bytes else weigh(payload)
+        size = payload_bytes(payload)
         self._turn_bytes += size
         if self._turn_bytes + self.channel.kept_bytes > self.link_bytes:
             self._refuse_or_bear(size)
@@ -238,17 +197,73 @@ class ClientLink(PeerLink):
                 retry_after_s=RETRY_AFTER_S,
             )
 
+    # The broker is away.
+
+    @property
+    def heard(self) -> bool:
+        """Whether the broker that welcomed us is there, as far as can be known."""
+        return self.state is LinkState.OPEN and not self._held
+
+    def disconnected(self, now: float) -> None:
+        """The connection broke. What is said from now on is held until whoever answers next has shown who it is: a
+        call given to the socket would reach a successor as one that may have run already, which an at-most-once call
+        does not survive. What was said a moment before is in that doubt, and rightly so."""
+        if self.state is LinkState.OPEN:
+            self._held = True
+            self._ask_at = None
+
+    def reconnected(self, now: float) -> None:
+        super().reconnected(now)
+        if self._held:
+            self._ask_at = now + PROBE_AFTER_S
+
+    def _hold_on(self, now: float) -> bool:
+        """Whether what is said has to wait on; asks who is there, again and again."""
+        if self._ask_at is None:
+            return True
+        if not self.channel.probing:
+            self._held = False
+            self._drop_cancelled()
+            return False
+        if self._ask_at <= now:
+            self._probe()
+            self._ask_at = now + PROBE_AFTER_S
+        return True
+
+    def _drop_cancelled(self) -> None:
+        """Calls that were given up before they were ever sent are not sent at all."""
+        unanswered = self.unanswered
+        unsaid = [seq for item in self._turn if isinstance(item, Run) for seq in item.seqs]
+        given_up = {seq for seq in unsaid if unanswered.get(seq) is None}
+        if given_up:
+            rest = [item.left(unanswered) if isinstance(item, Run) else item for item in self._turn]
+            self._turn = [item for item in rest if item is not None]
+            self._cancels = [seq for seq in self._cancels if seq not in given_up]
+            self._close_runs()
+            self.sent.never_said(len(given_up))
+            for seq in given_up:
+                del unanswered[seq]
+
+    def next_deadline(self) -> float | None:
+        deadline = super().next_deadline()
+        if self._held and self._ask_at is not None and self.state is LinkState.OPEN:
+            return self._ask_at if deadline is None else min(deadline, self._ask_at)
+        return deadline
+
     def flush(self, now: float) -> list[list[Frame]]:
-        if self.state is not LinkState.OPEN or not (self._turn or self._cancels):
+        if self.state is not LinkState.OPEN or (self._held and self._hold_on(now)):
+            return super().flush(now)
+        if not (self._turn or self._cancels):
             return super().flush(now)
         turn, cancels = self._turn, self._cancels
-        self._forget()
+        self.sent.keep(turn, self._turn_bytes, self._said)
+        self._next_turn()
         if cancels:
-            turn.append(_Plain([CANCEL, cancels]))
+            turn = [*turn, Plain([CANCEL, cancels])]
         outbox, ready, weight = self.outbox, [], 0
         for one in turn:
             outbox.body.append(one.message(outbox, now))
-            if type(one) is _Run:
+            if type(one) is Run:
                 weight += sum(map(len, one.payloads))
             if len(outbox) == MAX_MESSAGES or weight > ENVELOPE_BYTES:
                 ready.extend(super().flush(now))
@@ -256,25 +271,65 @@ class ClientLink(PeerLink):
         ready.extend(super().flush(now))
         return ready
 
+    @property
+    def _said(self) -> int:
+        """Calls and controls so far."""
+        return self._sequence + self._control_number
+
     # What the broker says.
 
     def hello_fields(self) -> dict[str, Any]:
-        # A client of this release fails what was unanswered when its broker is lost, so it has nothing to declare.
-        return {**self._hello, "role": "client", "client": self.client, "detached": self._detached, "declares": None}
+        # Before its first welcome a client has nothing that any broker could have known.
+        declared = self._listener.declares() if self.welcomes else None
+        if declared is None and self.welcomes and (self.unanswered or self._controls):
+            declared = Declared([], [], [])
+        self._declared = declared
+        return {
+            **self._identity,
+            "role": "client",
+            "client": self.client,
+            "detached": self._detached,
+            "declares": None if declared is None else {"services": declared.services, "sessions": declared.sessions},
+        }
+
+    def hello_payloads(self) -> list[Payload]:
+        return [] if self._declared is None else self._declared.payloads
 
     def on_welcome(self, fields: dict[str, Any], now: float) -> None:
-        self.welcomes += 1
-        self.client = int(fields.get("client") or 0)
+        before, self.client = self.client, int(fields.get("client") or 0)
         self.trusted = fields.get("trusted") is True
         self.max_payload_bytes = int(fields.get("max_payload_bytes") or self.max_payload_bytes)
         self.link_bytes = int(fields.get("link_bytes") or self.link_bytes)
+        self.welcomes += 1
+        self._held = False
+        self._declared = None
+        unsure: list[Any] = []
+        if self.welcomes > 1:
+            # Under another client id our calls would be strangers to the workers that run them.
+            if fields.get("recovering") is True and self.client == before:
+                unsure = self._say_again()
+            else:
+                self._listener.lost(*self.give_up())
         self._listener.welcomed(fields)
+        if unsure:
+            self._listener.unsure(unsure)
 
     def on_refused(self, error: ForgeError, now: float) -> None:
         self._listener.refused(error)
 
-    def on_lost(self, now: float) -> None:
-        self._listener.lost(*self.give_up())
+    def _say_again(self) -> list[Any]:
+        """Put what was said to the last broker, and is unanswered, before what is to be said next (F10). Controls and
+        calls keep their order: a session's first call never overtakes its opening. Returns the waiters of fan-outs."""
+        self._drop_cancelled()
+        again, fanouts, size = self.sent.take(self._said)
+        waiters = [self.unanswered.pop(seq) for seq in fanouts]
+        for seq in [seq for seq, waiter in self.unanswered.items() if waiter is None]:
+            del self.unanswered[seq]  # cancelled: nobody will answer what is not asked again
+        self._cancels = []
+        self._turn = [*again, *self._turn]
+        self._turn_bytes += size
+        self._close_runs()
+        return waiters
 
     def give_up(self) -> tuple[list[Any], list[Any]]:
         """The waiters of all calls and controls that are unanswered; they are forgotten here."""
@@ -282,7 +337,8 @@ class ClientLink(PeerLink):
         controls = list(self._controls.values())
         self.unanswered.clear()
         self._controls.clear()
-        self._forget()
+        self.sent.forget(self._said)
+        self._next_turn()
         return waiters, controls
 
     def on_envelope(self, envelope: Envelope, now: float) -> None:

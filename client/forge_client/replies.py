@@ -76,7 +76,18 @@ class Reader:
 
     def parts(self, trusted: bool, points: list[list[int]], statuses: list[int], payloads: list[Payload]) -> Any:
         """The value of a PARTS message: of a call that every rank of one replica answered."""
-        return self.mesh([self._part(part, trusted) for part in zip(statuses, payloads, strict=True)])
+        return self.mesh(self._ranks(trusted, points, statuses, payloads))
+
+    def _ranks(
+        self, trusted: bool, points: list[list[int]], statuses: list[int], payloads: list[Payload]
+    ) -> list[Any | _Raised]:
+        """What each rank of one replica answered; an error says which rank raised it."""
+        parts = [self._part(part, trusted) for part in zip(statuses, payloads, strict=True)]
+        if len(parts) > 1:
+            for (_, rank), part in zip(points, parts, strict=True):
+                if type(part) is _Raised:
+                    _note(part.error, f"{self.label}: rank {rank} of {len(parts)}")
+        return parts
 
     def mesh(self, parts: list[Any | _Raised]) -> Any:
         """Rank 0's value or the whole mesh; the first rank's error if one failed."""
@@ -104,6 +115,15 @@ class _Raised:
         self.error = error
 
 
+def _note(error: Exception, note: str) -> None:
+    """Say where it was raised beside the exception, which keeps its type and text (PEP 678)."""
+    try:
+        error.add_note(note)
+    except Exception:
+        # A user's class may refuse attributes. Its own text is what the caller needs; ours is not worth losing it.
+        return
+
+
 class MeshReader(Reader):
     """Of an actor's `call`: always a ValueMesh over its ranks."""
 
@@ -113,9 +133,10 @@ class MeshReader(Reader):
         return ValueMesh(self.sizes, [Reader.one(self, status, payload, trusted)])
 
     def parts(self, trusted: bool, points: list[list[int]], statuses: list[int], payloads: list[Payload]) -> Any:
-        values = []
-        for status, payload in zip(statuses, payloads, strict=True):
-            values.append(Reader.one(self, status, payload, trusted))
+        values = self._ranks(trusted, points, statuses, payloads)
+        for value in values:
+            if type(value) is _Raised:
+                raise value.error
         return ValueMesh(self.sizes, values)
 
 
@@ -126,15 +147,19 @@ class FanoutReader(Reader):
     return_exceptions: bool
 
     def parts(self, trusted: bool, points: list[list[int]], statuses: list[int], payloads: list[Payload]) -> list[Any]:
-        by_replica: dict[int, list[tuple[int, Any]]] = {}
-        for (replica, rank), status, payload in zip(points, statuses, payloads, strict=True):
-            by_replica.setdefault(replica, []).append((rank, self._part((status, payload), trusted)))
+        by_replica: dict[int, list[tuple[list[int], int, Payload]]] = {}
+        for part in zip(points, statuses, payloads, strict=True):
+            by_replica.setdefault(part[0][0], []).append(part)
         results: dict[int, Any] = {}
         errors: dict[int, BaseException] = {}
         for replica in sorted(by_replica):
             ranks = sorted(by_replica[replica], key=lambda one: one[0])
             try:
-                results[replica] = self.mesh([part for _, part in ranks])
+                results[replica] = self.mesh(
+                    self._ranks(
+                        trusted, [at for at, _, _ in ranks], [how for _, how, _ in ranks], [p for *_, p in ranks]
+                    )
+                )
             except Exception as error:
                 # Told to the caller below, with those of the other replicas.
                 errors[replica] = error

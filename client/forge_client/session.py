@@ -14,7 +14,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from forge_client.context import session_var
-from forge_contract.errors import BrokerLost, ServiceStopped, SessionClosed, UnknownService, UnknownSession
+from forge_contract.errors import (
+    BrokerLost,
+    ServiceStopped,
+    SessionClosed,
+    SessionLost,
+    UnknownService,
+    UnknownSession,
+)
 
 if TYPE_CHECKING:
     from forge_client.binding import Binding
@@ -29,12 +36,13 @@ class Session:
 
     def __init__(self, service: Service, hints: dict[str, Any]) -> None:
         self._service = service
-        self._hints = hints
+        self.hints = hints
         self._binding: Binding | None = None
         self._outer: Session | None = None
         self._outer_id: str | None = None
         self.session_id = secrets.token_hex(8)
         self.closed = False
+        self.used = False  # a call was made in it: there may be state to lose
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open" if self._binding is not None else "not opened"
@@ -49,7 +57,7 @@ class Session:
             raise SessionClosed(session=self.session_id, service=self._service.name, why=": a session is opened once")
         binding = await self._service.bound()
         self._binding = binding
-        fields = {"service": binding.service, "session": self.session_id, "hints": self._hints}
+        fields = {"service": binding.service, "session": self.session_id, "hints": self.hints}
         binding.sessions[self.session_id] = self
         try:
             await binding.client.control("open_session", fields)
@@ -107,7 +115,7 @@ async def close_session(binding: Binding, session_id: str) -> None:
         return
     try:
         await binding.client.control("close_session", {"service": binding.service, "session": session_id})
-    except (BrokerLost, ServiceStopped, UnknownService, UnknownSession):
+    except (BrokerLost, ServiceStopped, SessionLost, UnknownService, UnknownSession):
         return  # there is no such session any more, which is what was asked for
 
 

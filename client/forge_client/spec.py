@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from forge_client.actor import ForgeActor, endpoints_of, origin_of
+from forge_client.actor import ForgeActor, endpoints_of, exports_sessions, origin_of
 from forge_client.signature import Matcher
 from forge_contract.config import ServiceConfig
 from forge_contract.errors import SerializationError, TrustRequired
@@ -46,6 +46,7 @@ def describe(cls: type[ForgeActor], config: ServiceConfig, kind: str, *, trusted
             }
             for name, (method, options) in endpoints_of(cls).items()
         ],
+        "exports": exports_sessions(cls),
     }
 
 

@@ -50,6 +50,13 @@ class Watch(NamedTuple):
     started: int
 
 
+class Look(NamedTuple):
+    """See whether this silent peer of this machine is stopped, and say so by a Stopped (F1)."""
+
+    name: str
+    pid: int
+
+
 class Note(NamedTuple):
     """A line for the log."""
 
@@ -62,4 +69,4 @@ class Exit(NamedTuple):
     """All is stopped: the shell may end."""
 
 
-Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Note | Exit
+Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Look | Note | Exit

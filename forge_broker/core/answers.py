@@ -10,10 +10,11 @@ import msgpack
 
 from forge_broker.core.clients import Client
 from forge_broker.core.requests import Gather, Request
+from forge_broker.core.services import Endpoint, Replay
 from forge_broker.core.state import State
-from forge_contract.errors import ForgeError
+from forge_contract.errors import ForgeError, Overloaded
 from forge_contract.framing import Payload
-from forge_contract.messages import FAILED, PARTS, SEQUENCE_MASK, sequence_of
+from forge_contract.messages import FAILED, OK, PARTS, SEQUENCE_MASK, sequence_of
 
 Part = tuple[int, Payload, bool]
 """Status, payload, trusted."""
@@ -42,6 +43,12 @@ class Answers:
         """Answered before it was accepted: it was never in our books."""
         client.add_results([sequence], [FAILED], [packed(error)], True)
         self._state.deliver(client)
+
+    def overloaded(self, endpoint: Endpoint) -> Overloaded:
+        """What a call of a full queue is told."""
+        self._state.counters["overloaded"] += 1
+        limit = endpoint.service.config.max_queued_requests
+        return Overloaded(what=endpoint.full_name, limit_name="max_queued_requests", limit=limit, retry_after_s=0.5)
 
     def answer(self, call: Request | Gather, status: int, payload: Payload, trusted: bool) -> None:
         """The one reply of this call; of a part of a fan-out, that part."""
@@ -73,8 +80,13 @@ class Answers:
     def gathered(self, gather: Gather, idx: int, points: dict[tuple[int, int], Part]) -> None:
         gather.parts.update(points)
         del gather.children[idx]
-        if not gather.children:
-            self.answer_parts(gather, gather.parts)
+        if gather.children:
+            return
+        endpoint: Endpoint = gather.endpoint
+        if endpoint.replay_last and all(status == OK for status, _, _ in gather.parts.values()):
+            endpoint.service.replays.pop(endpoint.method, None)
+            endpoint.service.replays[endpoint.method] = Replay(gather.payload, gather.client.trusted)
+        self.answer_parts(gather, gather.parts)
 
     def answer_parts(self, call: Request | Gather, parts: dict[tuple[int, int], Part]) -> None:
         client: Client = call.client
@@ -99,6 +111,9 @@ class Answers:
         client.answered += 1
         client.held_bytes -= call.size
         self._state.held_bytes -= call.size
+        if type(call) is Gather and call.endpoint.replay_last:
+            call.endpoint.service.open_replays -= 1
+            self._state.replayed.add(call.endpoint.service)
 
 
 def packed(error: ForgeError) -> bytes:

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from forge_broker.core.actions import Action, Send, Watch
+from forge_broker.core.actions import Action, Look, Send, Watch
 from forge_broker.core.answers import Answers
+from forge_broker.core.catalogue import Catalogue
+from forge_broker.core.claims import Asked
 from forge_broker.core.clients import Client
 from forge_broker.core.control import Control
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.drains import Drains
 from forge_broker.core.endings import Endings
 from forge_broker.core.events import (
     Event,
@@ -26,20 +29,26 @@ from forge_broker.core.events import (
     Received,
     Route,
     Stalled,
+    Stopped,
     Terminate,
     Unroutable,
     Watched,
 )
+from forge_broker.core.intake import Intake
 from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.links import Link
+from forge_broker.core.rebuild import Rebuild, is_answered_at_once, is_of_the_past
+from forge_broker.core.returns import Returns
+from forge_broker.core.seating import Seating
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
 from forge_broker.core.status import metrics
+from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerState
 from forge_contract import messages
 from forge_contract.channel import Due, Verdict
 from forge_contract.errors import ForgeError, ProtocolError, ServiceStopped
-from forge_contract.framing import Envelope, decode, encode
+from forge_contract.framing import Envelope, Payloads, Taken, decode, encode
 from forge_contract.messages import BROKER_NAME
 
 if TYPE_CHECKING:
@@ -57,10 +66,18 @@ class Broker:
         self.state = state
         answers = Answers(self.state)
         self.sessions = Sessions(self.state, answers)
-        self.dispatch = Dispatch(self.state, answers)
+        returns = Returns(self.state, answers)
+        self.dispatch = Dispatch(self.state, answers, returns)
+        self.intake = Intake(self.state, answers, returns, self.dispatch)
         self.endings = Endings(self.state, answers, self.sessions)
-        self.lifecycle = Lifecycle(self.state, self.dispatch, self.sessions)
-        self.control = Control(self.state, self.sessions, self.lifecycle)
+        catalogue, telling = Catalogue(state), Telling(state)
+        self.seating = Seating(state, telling)
+        self.lifecycle = Lifecycle(state, self.dispatch, self.sessions, catalogue, self.seating, telling)
+        self.drains = Drains(self.state, self.lifecycle)
+        self.rebuild = Rebuild(state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch)
+        self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, telling)
+        if state.recovering:
+            self.rebuild.open(state.started_at)
 
     def __repr__(self) -> str:
         state = self.state
@@ -79,15 +96,17 @@ class Broker:
                 state.links[event.name].watched = True
         elif isinstance(event, ProcessGone):
             self._gone(event.name, "its process has ended", now)
+        elif isinstance(event, Stopped):
+            worker = state.workers.get(event.name)
+            if worker is not None:
+                self.lifecycle.stopped(worker, now)
         elif isinstance(event, LaunchEnded):
             self.lifecycle.launch_ended(event.launch, event.why, event.last_lines, now)
         elif isinstance(event, Stalled):
             state.stalled(event.seconds, now)
         elif isinstance(event, Terminate):
             self.lifecycle.terminate(event.why, now)
-        if state.terminating:
-            self.lifecycle.check_finished()
-        return self._take_actions()
+        return self._settled(now)
 
     def tick(self, now: float) -> list[Action]:
         """Look at everything that is due."""
@@ -96,9 +115,7 @@ class Broker:
             return []
         for kind, key in self.state.deadlines.due(now):
             self._look_at(kind, key, now)
-        if self.state.terminating:
-            self.lifecycle.check_finished()
-        return self._take_actions()
+        return self._settled(now)
 
     def next_deadline(self) -> float | None:
         return self.state.deadlines.next()
@@ -111,13 +128,23 @@ class Broker:
         link.delivering = False
         if not len(link.outbox):
             return None
+        if isinstance(link, Worker):
+            link.settle()
         frames = link.pack(now)
         self._set_timer(link)
         return Send(link.route, frames)
 
-    def _take_actions(self) -> list[Action]:
-        actions = self.state.actions
-        self.state.actions = []
+    def _settled(self, now: float) -> list[Action]:
+        """The event is over: look after those who wait for what it may have brought about."""
+        state = self.state
+        while state.replayed:
+            self.lifecycle.replayed(state.replayed.pop(), now)
+        if self.drains.waiting:
+            self.drains.check(now)
+        if state.terminating:
+            self.lifecycle.check_finished()
+        actions = state.actions
+        state.actions = []
         return actions
 
     # Deadlines.
@@ -150,8 +177,12 @@ class Broker:
             self.lifecycle.restart(key, now)
         elif kind is Kind.KILL:
             self.lifecycle.kill_overdue(key, now)
+        elif kind is Kind.RECOVERED:
+            self._recovered(now)
+        elif kind is Kind.HANG:
+            self.lifecycle.hung(key, now)
         elif kind is Kind.SLOT:
-            self.lifecycle.free_slot(key, now)
+            self.seating.free_slot(key, now)
 
     def _silence(self, name: str, now: float) -> None:
         """On another host, silence is death; here the kernel tells, and silence is *busy* (F1)."""
@@ -159,10 +190,18 @@ class Broker:
         if link is None:
             return
         limit = self.state.config.heartbeat_s * self.state.config.liveness
+        silent_s = now - link.heard_at
         if link.watched:
+            if silent_s >= limit - 1e-6 and isinstance(link, Worker):
+                self.state.actions.append(Look(name, link.hello["pid"]))
             self.state.deadlines.add(now + limit, Kind.SILENCE, name)
-        elif now - link.heard_at >= limit - 1e-6:
-            self._gone(name, f"silent for {now - link.heard_at:.1f} s", now)
+        elif silent_s >= limit - 1e-6:
+            why = f"silent for {silent_s:.1f} s"
+            if isinstance(link, Worker) and link.state is not WorkerState.LOST:
+                self.lifecycle.worker_silent(link, why, now)
+                self.seating.place_pending(now)
+            else:
+                self._gone(name, why, now)
         else:
             self.state.deadlines.add(link.heard_at + limit, Kind.SILENCE, name)
 
@@ -170,7 +209,7 @@ class Broker:
         link = self.state.links.get(name)
         if isinstance(link, Worker):
             self.lifecycle.worker_gone(link, why, [], now)
-            self.lifecycle.place_pending(now)
+            self.seating.place_pending(now)
         elif isinstance(link, Client):
             self._client_gone(link, why, now)
 
@@ -179,6 +218,7 @@ class Broker:
         state = self.state
         # A tool that only looks comes and goes with every `forge status`.
         state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
+        client.gone = True
         del state.links[client.name]
         self.endings.drop_client(client, now)
         del state.clients[client.id]
@@ -231,8 +271,15 @@ class Broker:
         if isinstance(link, Client):
             self._from_client(link, envelope, now)
         elif isinstance(link, Worker):
+            if link.state is WorkerState.LOST:
+                self._heard_again(link, now)
             self._from_worker(link, envelope, now)
         self._set_timer(link)
+
+    def _heard_again(self, worker: Worker, now: float) -> None:
+        limit = self.state.config.heartbeat_s * self.state.config.liveness
+        self.state.deadlines.add(now + limit, Kind.SILENCE, worker.name)
+        self.lifecycle.heard_again(worker, now)
 
     def _current(self, link: Link, envelope: Envelope) -> bool:
         return envelope.epoch == link.channel.epoch and envelope.incarnation == self.state.incarnation
@@ -241,6 +288,8 @@ class Broker:
         """HELLO, HEARTBEAT, PROBE, and bare acks."""
         if link is not None and self._current(link, envelope):
             link.heard_at = now
+            if isinstance(link, Worker) and link.state is WorkerState.LOST:
+                self._heard_again(link, now)
             asked = link.channel.probing
             link.channel.acknowledged(envelope.ack, now)
             if not envelope.body and asked:
@@ -283,6 +332,11 @@ class Broker:
                 return
             self._gone(link.name, "it began anew", now)
         hello = read_hello(message)
+        payloads = envelope.payloads.take_all(message[2])
+        if state.window is None and self.rebuild.opens_for(hello, now):
+            self.rebuild.open(now)
+        if state.window is not None and envelope.incarnation:
+            state.predecessors.add(envelope.incarnation)
         new = (envelope.sender, route, state.trusted[route[0]], envelope.epoch, hello, state.incarnation, now)
         try:
             if hello["role"] == "worker":
@@ -290,12 +344,17 @@ class Broker:
                 state.links[link.name] = link
                 # Welcomed first: what joining has to say to it must find an open link.
                 self._welcome(link)
-                self.lifecycle.worker_joined(link, now)
+                if hello.get("holds") and state.window is not None:
+                    self.rebuild.worker(link, payloads, now)
+                else:
+                    self.lifecycle.worker_joined(link, now)
             else:
                 link = Client(*new, id=self._client_id(hello), detached=bool(hello.get("detached")))
                 state.links[link.name] = link
                 state.clients[link.id] = link
                 self._welcome(link)
+                if hello.get("declares") and state.window is not None:
+                    self.rebuild.client(link, payloads, now)
         except ForgeError as error:
             state.links.pop(envelope.sender, None)
             state.note("warning", "hello refused", sender=envelope.sender, why=str(error))
@@ -332,7 +391,8 @@ class Broker:
             "max_payload_bytes": config.max_payload_bytes,
             "link_bytes": config.link_bytes,
             "orphan_grace_s": config.orphan_grace_s,
-            "recovering": False,
+            "recovering": self.state.window is not None,
+            "predecessors": list(self.state.predecessors),
         }
         self._send_link(link, [[messages.WELCOME, fields]])
 
@@ -370,30 +430,60 @@ class Broker:
     def _from_client(self, client: Client, envelope: Envelope, now: float) -> None:
         payloads = envelope.payloads
         for message in envelope.body:
-            kind = message[0]
-            if kind == messages.CALLS:
-                self.dispatch.calls(client, message, payloads, now)
-            elif kind == messages.CONTROL:
-                self.control.handle(client, message, payloads, now)
-            elif kind == messages.CANCEL:
-                self.endings.cancel(client, message, now)
-            elif kind == messages.FANOUT:
-                self.dispatch.fanout(client, message, payloads, now)
-            elif kind == messages.BYE:
+            if message[0] == messages.BYE:
                 self._client_gone(client, "it said bye", now)
                 return
+            if self.state.window is None or is_answered_at_once(message):
+                self._client_wants(client, message, payloads, now)
             else:
-                raise ProtocolError(f"{messages.NAMES.get(kind, kind)} from a client")
+                self.rebuild.lay_aside(client, message, payloads, now)
         payloads.close()
+
+    def _client_wants(self, client: Client, message: messages.Message, payloads: Payloads, now: float) -> None:
+        kind = message[0]
+        if kind == messages.CALLS:
+            self.intake.calls(client, message, payloads, now)
+        elif kind == messages.CONTROL:
+            self.control.handle(client, message, payloads, now)
+        elif kind == messages.CANCEL:
+            self.endings.cancel(client, message, now)
+        elif kind == messages.FANOUT:
+            self.intake.fanout(client, message, payloads, now)
+        else:
+            raise ProtocolError(f"{messages.NAMES.get(kind, kind)} from a client")
+
+    def _recovered(self, now: float) -> None:
+        """The window is over: what was asked in it is done as if it came now, the past before the new."""
+        everything = self.rebuild.end(now)
+        self._do_asked([asked for asked in everything if is_of_the_past(asked.message)], now)
+        self.rebuild.settle(now)
+        self._do_asked([asked for asked in everything if not is_of_the_past(asked.message)], now)
+
+    def _do_asked(self, everything: list[Asked], now: float) -> None:
+        for asked in everything:
+            client = asked.client
+            if self.state.links.get(client.name) is not client:
+                continue
+            try:
+                self._client_wants(client, asked.message, Taken(asked.payloads), asked.arrived)
+            except ForgeError as error:
+                self._refuse(client.route, client.channel.epoch, error)
+                self._gone(client.name, f"it broke the protocol: {error}", now)
 
     def _from_worker(self, worker: Worker, envelope: Envelope, now: float) -> None:
         payloads = envelope.payloads
         for message in envelope.body:
             kind = message[0]
-            if kind == messages.REPLIES:
+            if kind == messages.REPLIES and self.state.window is None:
                 self.dispatch.replies(worker, message, payloads, now)
-            elif kind == messages.READY:
-                self.lifecycle.ready(worker, now)
+            elif kind == messages.REPLIES:
+                self.rebuild.replies(worker, message, payloads)
+            elif kind == messages.STATES and self.state.window is None:
+                self.sessions.checkpoints(worker, message, payloads, now)
+            elif kind == messages.STATES:
+                self.rebuild.states(worker, message, payloads)
+            elif kind == messages.READY and len(message) == 2 and type(message[1]) is int:
+                self.lifecycle.ready(worker, message[1], now)
             elif (
                 kind == messages.MASTER
                 and len(message) == 3
@@ -408,7 +498,7 @@ class Broker:
                 why = f"it left: {message[1]}" if len(message) == 2 else "it left"
                 # To leave when it was READY is its right; to leave before that is how a start fails, and counts against it.
                 self.lifecycle.worker_gone(worker, why, [], now, blame=worker.state is WorkerState.LOADING)
-                self.lifecycle.place_pending(now)
+                self.seating.place_pending(now)
                 return
             else:
                 raise ProtocolError(f"{messages.NAMES.get(kind, kind)} from a worker")
@@ -417,9 +507,9 @@ class Broker:
 
 def read_hello(message: list[Any]) -> dict[str, Any]:
     """The fields of HELLO, checked (PROTOCOL.md §5). Raises ProtocolError naming all that is wrong."""
-    hello = message[1] if len(message) == 2 else None
-    if not isinstance(hello, dict):
-        raise ProtocolError("HELLO is [1, fields]")
+    hello, sizes = message[1:] if len(message) == 3 else (None, None)
+    if not isinstance(hello, dict) or not isinstance(sizes, list) or set(map(type, sizes)) - {int}:
+        raise ProtocolError("HELLO is [1, fields, sizes]")
     wanted: dict[str, type] = {
         "role": str,
         "host": str,

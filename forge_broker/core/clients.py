@@ -14,12 +14,13 @@ class Client(Link):
     role = "client"
     constant_field = 3  # statuses
 
-    __slots__ = ("accepted", "answered", "calls", "detached", "held_bytes", "id", "services", "sessions")
+    __slots__ = ("accepted", "answered", "calls", "detached", "gone", "held_bytes", "id", "services", "sessions")
 
     def __init__(self, *link: Any, id: int, detached: bool) -> None:
         super().__init__(*link)
         self.id = id
         self.detached = detached
+        self.gone = False
         self.calls: dict[int, Request | Gather] = {}  # accepted and not answered, by request id
         self.accepted = 0
         self.answered = 0

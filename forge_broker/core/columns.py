@@ -10,11 +10,12 @@ from typing import Any
 
 from forge_broker.core.requests import Request
 from forge_contract.errors import ProtocolError
+from forge_contract.framing import Payload, Payloads
 from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED, spread
 
-_COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "shape"})
+_COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "shape", "again"})
 _STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED})
-_NOT_FIELDS = frozenset({"timeout", "shape"})
+_NOT_FIELDS = frozenset({"timeout", "shape", "again"})
 
 
 def fill(request: Request, columns: dict[str, Any], at: int) -> None:
@@ -34,6 +35,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "hints": (dict,),
     "rank": (int,),
     "shape": (int,),
+    "again": (bool,),
 }
 
 
@@ -79,6 +81,16 @@ def read_replies(message: list[Any]) -> tuple[int, list[int], list[int], list[in
     if not (_STATUSES.issuperset(statuses) if isinstance(statuses, list) else statuses in _STATUSES):
         raise ProtocolError("REPLIES with an unknown status")
     return epoch, ids, spread(attempts, len(ids)), spread(statuses, len(ids)), sizes
+
+
+def read_states(message: list[Any], payloads: Payloads) -> tuple[list[str], list[Payload]]:
+    """The sessions and states of STATES, checked. Raises ProtocolError."""
+    if len(message) != 3 or not isinstance(message[1], list) or not _ints(message[2]):
+        raise ProtocolError("STATES is [52, sessions, sizes]")
+    _, ids, sizes = message
+    if len(ids) != len(sizes) or set(map(type, ids)) - {str}:
+        raise ProtocolError("STATES with columns that do not match")
+    return ids, payloads.take_all(sizes)
 
 
 def _ints(values: Any) -> bool:

@@ -8,20 +8,37 @@ from typing import Any
 
 from forge_broker.core import status
 from forge_broker.core.clients import Client
+from forge_broker.core.dead_letters import DeadLetter
+from forge_broker.core.drains import Drains
 from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.services import Service
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
-from forge_contract.errors import ForgeError, ProtocolError, ServiceStopped, UnknownService
-from forge_contract.framing import Payloads
+from forge_broker.core.telling import Telling
+from forge_contract.errors import (
+    BadCall,
+    ForgeError,
+    ProtocolError,
+    ServiceStopped,
+    TrustRequired,
+    UnknownEndpoint,
+    UnknownService,
+)
+from forge_contract.framing import Payload, Payloads
 from forge_contract.messages import ANSWER
+
+Answer = dict[str, Any] | tuple[dict[str, Any], Payload] | None
 
 
 class Control:
-    def __init__(self, state: State, sessions: Sessions, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, state: State, sessions: Sessions, lifecycle: Lifecycle, drains: Drains, telling: Telling
+    ) -> None:
         self._state = state
         self._sessions = sessions
         self._lifecycle = lifecycle
+        self._drains = drains
+        self._telling = telling
 
     def handle(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
         """CONTROL: one operation, one answer."""
@@ -32,7 +49,7 @@ class Control:
         if not isinstance(name, str) or not isinstance(fields, dict):
             raise ProtocolError("CONTROL needs the name of an operation and a map of fields")
         try:
-            answer: dict[str, Any] | None = None
+            answer: Answer = None
             if name == "deploy":
                 self._lifecycle.deploy(client, number, fields.get("spec"), payload, now)
             elif name in _OPERATIONS:
@@ -44,7 +61,8 @@ class Control:
         else:
             if answer is None:
                 return
-            client.post([ANSWER, number, True, answer, 0])
+            fields, answered = answer if isinstance(answer, tuple) else (answer, b"")
+            client.post([ANSWER, number, True, fields, client.outbox.attach(answered)])
         self._state.deliver(client)
 
     def _service(self, fields: dict[str, Any]) -> Service:
@@ -56,20 +74,20 @@ class Control:
             raise UnknownService(name=wanted if isinstance(wanted, (int, str)) else "?", known=list(state.names))
         return found
 
-    def _find(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _find(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         service = self._service({"service": fields.get("name")})
         if service.stopping is not None:
             raise service.stopping
         service.watchers.add(client.name)
-        return self._lifecycle.describe(service, now)
+        return self._telling.describe(service, now)
 
-    def _stop(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _stop(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         service = self._service(fields)
         service.waiting_stop.append((client, number))
         self._lifecycle.stop_service(service, ServiceStopped(service=service.name, why=""), now)
         return None
 
-    def _open_session(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _open_session(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         service = self._service(fields)
         if service.stopping is not None:
             raise service.stopping
@@ -79,23 +97,68 @@ class Control:
         self._sessions.open(service, client, sid, hints, now)
         return {}
 
-    def _close_session(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _close_session(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         self._sessions.close(self._service(fields), str(fields.get("session")), "terminated", now)
         return {}
 
-    def _state_of(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _drain(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        self._drains.drain(str(fields.get("target")), client, number, now)
+        return None
+
+    def _restart(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        self._drains.restart(self._service(fields), client, number, now)
+        return None
+
+    def _terminate(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        self._lifecycle.terminate(f"{client.name} asked for it", now)
+        return {}
+
+    def _letter(self, fields: dict[str, Any]) -> DeadLetter:
+        letter = self._state.dead.get(str(fields.get("id")))
+        if letter is None:
+            raise BadCall(
+                endpoint="dead", why=f"there is no dead letter {fields.get('id')!r:.60}; see `forge dead list`"
+            )
+        return letter
+
+    def _dead_list(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        letters = self._state.dead.newest_first()
+        return {"dead": [status.dead_letter(one, now) for one in letters], "forgotten": self._state.dead.forgotten}
+
+    def _dead_show(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        letter = self._letter(fields)
+        return {**status.dead_letter(letter, now), "story": letter.story}
+
+    def _dead_take(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        letter = self._letter(fields)
+        if letter.trusted and not client.trusted:
+            raise TrustRequired(what="the arguments of a trusted client's call")
+        service = self._service({"service": letter.service})
+        for endpoint in service.endpoints:
+            if endpoint.name == letter.endpoint:
+                taken = {"service": service.id, "endpoint": endpoint.id, "trusted": letter.trusted}
+                return taken, letter.payload
+        known = [endpoint.name for endpoint in service.endpoints]
+        raise UnknownEndpoint(name=letter.endpoint, owner=service.name, known=known)
+
+    def _dead_drop(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        dead = self._state.dead
+        ids = [one.id for one in dead.newest_first()] if fields.get("id") is None else [self._letter(fields).id]
+        return {"dropped": sum(map(dead.drop, ids))}
+
+    def _state_of(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         return status.service_state(self._service(fields), now)
 
-    def _metrics(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _metrics(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         return status.metrics(self._service(fields), now)
 
-    def _status(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _status(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         return status.broker_status(self._state, now)
 
-    def _workers(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _workers(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         return {"workers": status.workers(self._state, now)}
 
-    def _explain(self, client: Client, number: int, fields: dict[str, Any], now: float) -> dict[str, Any] | None:
+    def _explain(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         return {"story": status.story(self._state, str(fields.get("subject")), now)}
 
 
@@ -104,6 +167,13 @@ _OPERATIONS = {
     "stop": Control._stop,
     "open_session": Control._open_session,
     "close_session": Control._close_session,
+    "drain": Control._drain,
+    "restart": Control._restart,
+    "terminate": Control._terminate,
+    "dead_list": Control._dead_list,
+    "dead_show": Control._dead_show,
+    "dead_take": Control._dead_take,
+    "dead_drop": Control._dead_drop,
     "state": Control._state_of,
     "metrics": Control._metrics,
     "status": Control._status,

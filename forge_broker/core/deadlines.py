@@ -22,6 +22,8 @@ class Kind(enum.Enum):
     KILL = "a worker told to stop has not"
     SESSION = "a session may be unused"
     METRICS = "metrics are due"
+    RECOVERED = "the recovery window is over"
+    HANG = "a call runs for long"
     SLOT = "a slot kept for a worker's successor"
 
 

@@ -36,6 +36,12 @@ class ProcessGone(NamedTuple):
     name: str
 
 
+class Stopped(NamedTuple):
+    """The process of a silent peer, looked at because of a Look, is stopped (state T)."""
+
+    name: str
+
+
 class LaunchEnded(NamedTuple):
     """A process the scaler launched has ended, or could not be started (`why` says which)."""
 
@@ -56,4 +62,4 @@ class Terminate(NamedTuple):
     why: str
 
 
-Event = Received | Unroutable | Watched | ProcessGone | LaunchEnded | Stalled | Terminate
+Event = Received | Unroutable | Watched | ProcessGone | Stopped | LaunchEnded | Stalled | Terminate

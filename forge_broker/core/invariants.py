@@ -31,14 +31,14 @@ def _calls(broker: Broker) -> list[str]:
     holders: dict[int, list[str]] = {}
     for service in state.services.values():
         for queue in service.queues:
-            for request in queue:
+            for request in queue if queue.length else ():
                 holders.setdefault(id(request), []).append(queue.name)
                 if request.holder is not queue:
                     wrong.append(
                         f"{show_request(request.id)} is in {queue.name} but thinks it is in {request.holder!r}"
                     )
         for replica in service.replicas.values():
-            for request in replica.parked:
+            for request in replica.parked if replica.parked.length else ():
                 holders.setdefault(id(request), []).append(replica.parked.name)
     for key, request in state.ledger:
         holders.setdefault(id(request), []).append(f"ledger of {key}")
@@ -65,8 +65,11 @@ def _calls(broker: Broker) -> list[str]:
         wrong.append(f"held_bytes is {state.held_bytes}, the open calls hold {held_bytes}")
     for service in state.services.values():
         for queue in service.queues:
-            if queue.length != sum(1 for _ in queue):
-                wrong.append(f"{queue!r} has {sum(1 for _ in queue)}")
+            if queue.length != queue.counted():
+                wrong.append(f"{queue!r} has {queue.counted()}")
+        for replica in service.replicas.values():
+            if replica.parked.length != replica.parked.counted():
+                wrong.append(f"{replica.parked!r} has {replica.parked.counted()}")
     return wrong
 
 
@@ -89,11 +92,22 @@ def _replicas(broker: Broker) -> list[str]:
                 rank is not None and rank.state is WorkerState.READY for rank in replica.ranks
             ):
                 wrong.append(f"{replica!r} is HEALTHY with ranks {replica.ranks}")
-            if replica.parked.length and not replica.healthy:
+            if replica.parked.length and not replica.healthy and replica.state is not ReplicaState.DRAINING:
                 wrong.append(f"{replica!r} has {replica.parked.length} parked")
             if replica.parked.length and replica.has_room:
                 wrong.append(f"{replica!r} has room and {replica.parked.length} parked")
-        waiting: list[Queue] = [queue for queue in service.queues if queue.length]
+        if service.cell is not None and service.cell.state is not ReplicaState.HEALTHY:
+            wrong.append(f"{service!r}: suspects are to run on {service.cell!r}")
+        if (
+            service.cell is not None
+            and service.cell.active > 1
+            and any(
+                request.deaths == service.config.max_attempts - 1
+                for request in state.ledger.held[service.cell.key].values()
+            )
+        ):
+            wrong.append(f"{service!r}: a suspect does not run alone on {service.cell!r}")
+        waiting: list[Queue] = [queue for queue in service.rotation if queue.length]
         if waiting and service.pool.roomy:
             wrong.append(f"{service!r}: somebody has room, and {waiting} wait")
     return wrong
@@ -114,9 +128,22 @@ def _sessions(broker: Broker) -> list[str]:
             if pinned != replica.sessions:
                 wrong.append(f"{replica!r} counts {replica.sessions} sessions, {pinned} are pinned")
         for sid, session in service.sessions.items():
-            waiting = sum(1 for request in service.unpinned if request.session == sid)
+            waiting = service.unpinned.length and sum(1 for request in service.unpinned if request.session == sid)
             if waiting != session.unpinned:
                 wrong.append(f"{sid} counts {session.unpinned} waiting calls, {waiting} wait")
+            suspects = service.suspects.length and sum(1 for request in service.suspects if request.session == sid)
+            if suspects != session.suspects:
+                wrong.append(f"{sid} counts {session.suspects} calls among the suspects, there are {suspects}")
+            if suspects and waiting:
+                wrong.append(f"{sid} has calls among the suspects and elsewhere: they would overtake each other")
+    kept = sum(
+        session.state.size
+        for service in broker.state.services.values()
+        for session in service.sessions.values()
+        if session.state is not None
+    )
+    if kept != broker.state.checkpoint_bytes:
+        wrong.append(f"checkpoint_bytes is {broker.state.checkpoint_bytes}, the sessions have {kept}")
     return wrong
 
 

@@ -1,45 +1,56 @@
-"""Services, replicas and workers: how they start, are placed, get ready, are lost and stop.
+"""Services, replicas and workers: how they start, get ready, are lost and stop.
 
-`broker` tells what workers, clients and the kernel say; `placement` decides where ranks go and `recovery` when to try again; `dispatch`
-takes calls back from what is lost and serves what became healthy. The lives themselves are tables in `workers` and `replicas`.
+`broker` tells what workers, clients and the kernel say. `catalogue` makes services, `seating` finds places for their replicas, `telling`
+lets clients know, `recovery` says when to try again; `dispatch` takes calls back from what is lost and serves what became
+healthy. The lives themselves are tables in `workers` and `replicas`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from collections.abc import Collection
+from typing import Any, Final
 
 from forge_broker.core.actions import Exit, Kill, KillPeer
-from forge_broker.core.actions import Launch as LaunchAction
+from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
-from forge_broker.core.placement import Idle, Need, Pending, Seat, place
-from forge_broker.core.queues import Queue
-from forge_broker.core.recovery import STEADY_S, UNHEALTHY_AFTER, backoff_s
+from forge_broker.core.recovery import UNHEALTHY_AFTER, backoff_s, is_forgiven
 from forge_broker.core.replicas import Replica, ReplicaMove, ReplicaState
-from forge_broker.core.services import Endpoint, Service, read_router, read_spec
+from forge_broker.core.requests import Request
+from forge_broker.core.seating import KEPT, Seating
+from forge_broker.core.services import Service, read_spec
 from forge_broker.core.sessions import Sessions
-from forge_broker.core.state import Launch, State
-from forge_broker.core.status import metrics
+from forge_broker.core.state import State
+from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerMove, WorkerState
-from forge_contract.config import ServiceConfig
 from forge_contract.errors import ConfigError, ForgeError, ProtocolError, ServiceStopped, StartFailed
 from forge_contract.framing import Payload
-from forge_contract.messages import ANSWER, ASSIGN, BEGIN, NOTICE, STOP
-from forge_contract.routing import RoundRobinRouter
+from forge_contract.messages import BEGIN, STOP
 
 KILL_AFTER_GRACE_S: Final = 3.0  # for teardown, beyond the grace for running calls
-_KEPT: Final = "kept for the successor of "  # with spaces, which no name of a worker or a replica has
+LOST_KEPT_S: Final = 3600.0  # a silent worker of another host is remembered so long
 SLOT_KEPT_S: Final = 10.0  # a hand-started worker's GPU is kept for the child its supervisor starts next
 
 _ENDING = frozenset({ReplicaState.DRAINING, ReplicaState.STOPPED})
 
 
 class Lifecycle:
-    def __init__(self, state: State, dispatch: Dispatch, sessions: Sessions) -> None:
+    def __init__(
+        self,
+        state: State,
+        dispatch: Dispatch,
+        sessions: Sessions,
+        catalogue: Catalogue,
+        seating: Seating,
+        telling: Telling,
+    ) -> None:
         self._state = state
         self._dispatch = dispatch
         self._sessions = sessions
+        self._catalogue = catalogue
+        self._seating = seating
+        self._telling = telling
 
     # Services.
 
@@ -49,149 +60,41 @@ class Lifecycle:
         if state.terminating:
             raise ServiceStopped(service="the broker", why=f": {state.terminating}")
         config = read_spec(spec, client.trusted)
-        if state.terminating:
-            raise ServiceStopped(service=spec["class_name"], why=": the broker is stopping")
-        name = self._name(config, spec["class_name"])
+        name = self._catalogue.name_of(config, spec["class_name"])
         owner = None if config.detached or client.detached else client
-        service = Service(state.next_id(), name, spec, config, init, client, now)
+        ids = [state.next_id() for _ in range(1 + len(spec["endpoints"]))]
+        service = self._catalogue.make(ids, name, spec, config, init, client.trusted, now)
         service.owner = owner
-        shared = Queue(f"{name} calls")
-        for method, one in enumerate(spec["endpoints"]):
-            where = f"{name}.{one['name']}"
-            router = read_router(
-                one.get("router"), client.trusted, state.unpickle, lambda: state.random.getrandbits(32), where
-            )
-            # An actor's calls keep their order across its endpoints (A6), so they share a queue.
-            queue = shared if service.kind == "actor" else Queue(where)
-            service.endpoints.append(Endpoint(service, state.next_id(), method, one, router, queue))
-        for endpoint in service.endpoints:
-            same = [one.router for one in service.endpoints if one.queue is endpoint.queue]
-            if all(type(router) is RoundRobinRouter for router in same):
-                endpoint.queue.deal = cast(RoundRobinRouter, same[0]).deal
-        state.services[service.id] = service
-        state.names[name] = service
-        state.endpoints.update({endpoint.id: endpoint for endpoint in service.endpoints})
         service.waiting_start.append((client, number))
         service.watchers.add(client.name)
         if owner is not None:
             client.services.add(service.id)
         state.note("info", "service deployed", service=name, replicas=config.initial_replicas, kind=service.kind)
         for _ in range(config.initial_replicas):
-            self._add_replica(service, now)
+            self._seating.add_replica(service, now)
         if not service.replicas:
             self._started(service, now)
-        self.place_pending(now)
+        self._seating.place_pending(now)
 
-    def _name(self, config: ServiceConfig, class_name: str) -> str:
-        names = self._state.names
-        if config.name is not None:
-            if config.name in names:
-                raise ConfigError(
-                    where="deploy",
-                    message=f"a service named {config.name!r} is running; stop it or choose another name",
-                )
-            return config.name
-        base = config.mesh_name or class_name
-        return (
-            base
-            if base not in names
-            else next(f"{base}-{n}" for n in range(2, len(names) + 3) if f"{base}-{n}" not in names)
-        )
+    def turn_away(self, worker: Worker, now: float) -> None:
+        """It holds what nobody wants from it."""
+        if worker.state is WorkerState.STARTING:
+            worker.move(WorkerMove.HELLO)
+            self._state.workers[worker.name] = worker
+        worker.replica = None
+        self._tell_to_stop(worker, "what it holds is not wanted any more", 0.0, now)
 
-    def _add_replica(self, service: Service, now: float) -> None:
-        config = service.config
-        replica = Replica(service, self._state.next_id(), service.free_idx(), config.world, config.concurrency, now)
-        service.replicas[replica.idx] = replica
-        self._want(replica, now)
-
-    def _want(self, replica: Replica, now: float) -> None:
-        """This replica needs seats."""
-        replica.started_at = now
-        self._state.pending[replica.key] = replica
-        timeout = replica.service.config.start_timeout_s
-        self._state.deadlines.add(now + timeout, Kind.START, (replica.service.id, replica.idx, replica.epoch))
-
-    # Placement.
-
-    def place_pending(self, now: float) -> None:
-        """Give seats to whoever waits for them, in order. Called when a worker, a process or a GPU became free."""
-        state = self._state
-        if state.terminating:
-            return
-        for replica in list(state.pending.values()):
-            config = replica.service.config
-            idle = [
-                Idle(worker.name, worker.host, worker.gpus)
-                for worker in state.workers.values()
-                if worker.state is WorkerState.IDLE and not worker.launch
-            ]
-            free_gpus = [gpu for gpu, holder in state.slots.items() if not holder]
-            free_processes = state.config.max_workers - len(state.launches)
-            need = Need(config.procs, config.hosts, config.gpus_per_rank)
-            seats = place(need, idle, state.host, free_gpus, free_processes)
-            if isinstance(seats, Pending):
-                self._pending(replica, seats.why, now)
-            else:
-                del state.pending[replica.key]
-                self._seat(replica, seats, now)
-
-    def _pending(self, replica: Replica, why: str, now: float) -> None:
-        """Told once per reason: in the log, in the story, and to whoever deployed it (A3)."""
-        if replica.pending_why == why:
-            return
-        replica.pending_why = why
-        state = self._state
-        state.note("warning", "replica pending", replica=replica.name, why=why)
-        state.story.tell(now, replica.name, f"pending, because it {why}")
-        self._notice(replica.service, "pending", name=replica.service.name, replica=replica.idx, why=why)
-
-    def _seat(self, replica: Replica, seats: list[Seat], now: float) -> None:
-        state = self._state
-        replica.pending_why = ""
-        replica.seats = seats
-        for rank, seat in enumerate(seats):
-            if seat.worker is not None:
-                self._assign(state.workers[seat.worker], replica, rank)
+    def resume(self, service: Service, now: float) -> None:
+        """The recovery window is over: who has all ranks is HEALTHY, the others start anew, and so do those nobody spoke for."""
+        service.started = True
+        for replica in list(service.replicas.values()):
+            if replica.state is not ReplicaState.UNINITIALIZED:
                 continue
-            launch = Launch(state.next_id(), seat.gpus, replica, rank)
-            state.launches[launch.id] = launch
-            for gpu in seat.gpus:
-                state.slots[gpu] = f"{replica.name}.{rank}"
-            label = f"{replica.service.class_name}/{replica.idx}.{rank}"
-            state.actions.append(LaunchAction(launch.id, seat.gpus, label))
-
-    def _assign(self, worker: Worker, replica: Replica, rank: int) -> None:
-        service: Service = replica.service
-        worker.move(WorkerMove.ASSIGN)
-        worker.replica = replica
-        worker.rank = rank
-        replica.ranks[rank] = worker
-        here = [one for one, seat in enumerate(replica.seats) if seat.host == replica.seats[rank].host]
-        spec = service.spec
-        fields = {
-            "service": service.id,
-            "name": service.name,
-            "class_name": service.class_name,
-            "replica": replica.idx,
-            "epoch": replica.epoch,
-            "rank": rank,
-            "world": len(replica.ranks),
-            "local_rank": here.index(rank),
-            "local_world": len(here),
-            "gpus": [gpu for one in here for gpu in replica.seats[one].gpus],
-            "target": spec["target"],
-            "path": spec.get("path") or [],
-            "cwd": spec.get("cwd"),
-            "trusted": service.init_trusted,
-            "endpoints": [{"name": endpoint.name, "options": endpoint.options} for endpoint in service.endpoints],
-            "concurrency": service.config.concurrency,
-            "serial": service.config.concurrency == 1 and len(replica.ranks) > 1,
-            "max_payload_bytes": self._state.config.max_payload_bytes,
-        }
-        worker.post([ASSIGN, fields, worker.outbox.attach(service.init)])
-        if replica.master is not None:
-            worker.post([BEGIN, *replica.master])
-        self._state.deliver(worker)
+            self._admit(replica, now)
+            if not replica.healthy:
+                self.replica_lost(replica, "not all of its ranks came back to the broker", [], now, blame=False)
+        while len(service.replicas) < service.config.initial_replicas:
+            self._seating.add_replica(service, now).restarts = 1  # it is known to have been there before
 
     # Workers.
 
@@ -199,7 +102,7 @@ class Lifecycle:
         """A hello: a launched worker takes the seat it was launched for, any other becomes idle. Raises ForgeError: not welcome."""
         state = self._state
         if worker.host == state.host and not worker.launch:
-            self._hold_slots(worker)
+            self._seating.hold_slots(worker)
         if worker.launch and any(other.launch == worker.launch for other in state.workers.values()):
             raise ConfigError(where=f"worker {worker.name}", message=f"launch {worker.launch} has a worker already")
         worker.move(WorkerMove.HELLO)
@@ -210,21 +113,12 @@ class Lifecycle:
         elif launch is not None and (launch.replica.epoch != launch.epoch or launch.replica.state in _ENDING):
             self._tell_to_stop(worker, "its replica no longer wants it", 0.0, now)
         elif launch is not None:
-            self._assign(worker, launch.replica, launch.rank)
+            self._seating.assign(worker, launch.replica, launch.rank)
         elif worker.hello.get("holds"):
             self._tell_to_stop(worker, "it holds a replica that this broker does not know", 0.0, now)
         else:
             state.note("info", "worker joined", worker=worker.name, hostname=worker.hello["hostname"], gpus=worker.gpus)
-            self.place_pending(now)
-
-    def _hold_slots(self, worker: Worker) -> None:
-        slots = self._state.slots
-        for gpu in worker.gpus:
-            holder = slots.get(gpu, "")
-            if holder and not holder.startswith(_KEPT):
-                raise ConfigError(where=f"worker {worker.name}", message=f"GPU {gpu} is in use by {holder}")
-        for gpu in worker.gpus:
-            slots[gpu] = worker.name
+            self._seating.place_pending(now)
 
     def master(self, worker: Worker, address: str, port: int) -> None:
         """MASTER: rank 0 chose the rendezvous of this epoch; tell every rank."""
@@ -237,20 +131,48 @@ class Lifecycle:
                 rank.post([BEGIN, address, port])
                 self._state.deliver(rank)
 
-    def ready(self, worker: Worker, now: float) -> None:
-        """READY: a rank has run its setup; the replica is HEALTHY when all have. Raises ProtocolError when it makes no sense."""
+    def ready(self, worker: Worker, played: int, now: float) -> None:
+        """READY: a rank has run its setup and so many replays; the replica is HEALTHY when all have. Raises ProtocolError when it makes
+        no sense."""
         was = worker.state
-        if was not in (WorkerState.LOADING, WorkerState.DRAINING):
+        if was not in (WorkerState.LOADING, WorkerState.READY, WorkerState.DRAINING):
             raise ProtocolError(f"READY from a worker that is {was.value}")
+        if played > worker.replays or (was is WorkerState.READY and played <= worker.played):
+            raise ProtocolError(
+                f"READY after {played} replays, of {worker.replays} that were sent and {worker.played} told of"
+            )
         worker.move(WorkerMove.READY)
+        worker.played = played
         replica: Replica = worker.replica
-        if was is WorkerState.DRAINING or replica.ranks[worker.rank] is not worker:
+        if was is not WorkerState.DRAINING and replica.ranks[worker.rank] is worker:
+            self._admit(replica, now)
+
+    def replayed(self, service: Service, now: float) -> None:
+        """A fan-out with `replay_last` is over: who started meanwhile has not had it (A11)."""
+        if service.open_replays:
             return
-        if not all(rank is not None and rank.state is WorkerState.READY for rank in replica.ranks):
-            return
+        for replica in service.replicas.values():
+            if replica.healthy:
+                continue
+            for worker in replica.ranks:
+                if worker is not None and worker.state in (WorkerState.LOADING, WorkerState.READY):
+                    for method, replay in service.replays.items():
+                        self._seating.replay(worker, method, replay)
+            self._admit(replica, now)
+
+    def _admit(self, replica: Replica, now: float) -> None:
+        """HEALTHY, once all its ranks are ready and have been told what the others know."""
         service: Service = replica.service
+        if replica.healthy or replica.state in _ENDING or service.open_replays:
+            return
+        if not all(
+            rank is not None and rank.state is WorkerState.READY and rank.played >= rank.replays
+            for rank in replica.ranks
+        ):
+            return
         replica.move(ReplicaMove.READY)
         replica.healthy_at = now
+        replica.answered_before = replica.stats.total
         service.pool.admit(replica)
         service.unhealthy_since = None
         self._state.note(
@@ -262,24 +184,27 @@ class Lifecycle:
         )
         if replica.restarts:
             self._state.story.tell(now, replica.name, f"HEALTHY again, epoch {replica.epoch}")
-            self._notice(service, "restarted", replica=replica.idx, epoch=replica.epoch)
+            self._telling.notice(service, "restarted", replica=replica.idx, epoch=replica.epoch)
         if not service.started and all(other.healthy for other in service.replicas.values()):
             self._started(service, now)
-        for queue in [*service.queues, replica.parked]:
-            self._dispatch.wake(service, queue)
+        for queue in [*service.rotation, replica.parked]:
+            service.wake(queue)
         self._dispatch.pump(service, now)
 
     def unready(self, worker: Worker, error: Any, payload: Payload | None, now: float) -> None:
-        """UNREADY: the import, `__init__` or `setup` raised. During the first start that is the deployer's error (A2)."""
+        """UNREADY: the import, `__init__` or `setup` raised, which during the first start is the deployer's error (A2); or a worker that
+        was READY cannot serve any more: it is ill, or its process broken (F1, F6)."""
         replica: Replica | None = worker.replica
         if replica is None or replica.ranks[worker.rank] is not worker:
             return
         service: Service = replica.service
-        why = f"rank {worker.rank} could not start"
+        why = f"rank {worker.rank} " + ("cannot go on" if worker.state is WorkerState.READY else "could not start")
         if isinstance(error, list) and len(error) == 2 and isinstance(error[1], dict):
-            why += f": {error[1].get('message') or error[1].get('type_name') or error[0]}"
+            told = error[1].get("message") or error[1].get("why") or error[1].get("type_name") or error[0]
+            why += f": {told}"
         if service.started or service.stopping is not None:
-            self.replica_lost(replica, why, [], now)
+            # Nobody is convicted: what made it ill has had its answer, and the others only were there.
+            self.replica_lost(replica, why, [], now, convicted=())
             return
         fields = (
             {"error": error}
@@ -290,8 +215,57 @@ class Lifecycle:
         replica.last_error = why
         self.stop_service(service, ServiceStopped(service=service.name, why=f": {why}"), now)
 
+    def worker_silent(self, worker: Worker, why: str, now: float) -> None:
+        """On another host silence is death, as far as its calls go. What the worker holds stays taken until it is heard from (F1)."""
+        state = self._state
+        worker.move(WorkerMove.SILENT)
+        state.note("warning", "worker lost", worker=worker.name, why=why)
+        state.deadlines.add(now + LOST_KEPT_S, Kind.SILENCE, worker.name)
+        replica: Replica | None = worker.replica
+        worker.replica = None
+        if replica is None or replica.ranks[worker.rank] is not worker:
+            return
+        replica.ranks[worker.rank] = None
+        if replica.state is ReplicaState.DRAINING:
+            self._check_stopped(replica, now)
+        else:
+            self.replica_lost(replica, f"rank {worker.rank}: {why}", [], now)
+
+    def heard_again(self, worker: Worker, now: float) -> None:
+        """A worker that was taken for dead lives: what it ran has gone to others, and its replies are fenced."""
+        self._state.story.tell(now, worker.name, "heard from again")
+        self._tell_to_stop(worker, "it was silent for too long, and its replica is elsewhere", 0.0, now)
+
+    def stopped(self, worker: Worker, now: float) -> None:
+        """Its process is stopped (state T), for so long that nobody means to let it go on (F1)."""
+        self._state.note("warning", "worker killed", worker=worker.name, why="its process was stopped")
+        self._state.story.tell(now, worker.name, "killed, because its process was stopped")
+        self._kill(worker, "its process was stopped", now)
+
+    def hung(self, call: tuple[Request, int, Replica], now: float) -> None:
+        """A call may have run for `hang_timeout_s`: its replica is lost by it, and it alone is a suspect (F4)."""
+        request, attempt, replica = call
+        if self._state.ledger.held[replica.key].get(request.id) is not request or request.attempt != attempt:
+            return
+        why = f"{request.endpoint.full_name} ran longer than hang_timeout_s={request.endpoint.hang_timeout_s}"
+        workers = [worker for worker in replica.ranks if worker is not None]
+        if replica.state is not ReplicaState.DRAINING:
+            self.replica_lost(replica, why, [], now, convicted=(request,))
+        for worker in workers:
+            self._kill(worker, why, now)
+
+    def _kill(self, worker: Worker, why: str, now: float) -> None:
+        """Now. What it held is freed when the kernel says that it is gone; of one on another host we can only stop speaking to it."""
+        state = self._state
+        if worker.launch in state.launches:
+            state.actions.append(Kill(worker.launch))
+        elif worker.watched:
+            state.actions.append(KillPeer(worker.name))
+        else:
+            self.worker_gone(worker, why, [], now)
+
     def worker_gone(self, worker: Worker, why: str, last_lines: list[str], now: float, *, blame: bool = True) -> None:
-        """Its process has ended, it said bye, or it is silent: whatever it held is taken back."""
+        """Its process has ended, or it said bye: whatever it held is taken back. `blame`: it did not mean to."""
         state = self._state
         state.links.pop(worker.name, None)
         if state.workers.pop(worker.name, None) is None:
@@ -299,7 +273,7 @@ class Lifecycle:
         worker.move(WorkerMove.END)
         if not worker.launch and worker.host == state.host:
             for gpu in worker.gpus:
-                state.slots[gpu] = f"{_KEPT}{worker.name}"
+                state.slots[gpu] = f"{KEPT}{worker.name}"
                 state.deadlines.add(now + SLOT_KEPT_S, Kind.SLOT, (gpu, state.slots[gpu]))
         state.note("info", "worker gone", worker=worker.name, why=why)
         replica: Replica | None = worker.replica
@@ -309,7 +283,8 @@ class Lifecycle:
         if replica.state is ReplicaState.DRAINING:
             self._check_stopped(replica, now)
         else:
-            self.replica_lost(replica, f"rank {worker.rank}: {why}", last_lines, now, blame=blame)
+            convicted = None if blame else ()
+            self.replica_lost(replica, f"rank {worker.rank}: {why}", last_lines, now, blame=blame, convicted=convicted)
 
     def launch_ended(self, launch_id: int, why: str, last_lines: list[str], now: float) -> None:
         """The kernel says a launched process is gone: only now are its GPUs free."""
@@ -328,24 +303,22 @@ class Lifecycle:
         elif replica.epoch == launch.epoch and replica.state not in _ENDING:
             self.replica_lost(replica, f"rank {launch.rank}: {why}", last_lines, now)
         self._check_service(replica.service, now)
-        self.place_pending(now)
-
-    def free_slot(self, kept: tuple[str, str], now: float) -> None:
-        """Nobody came back for a GPU that was kept."""
-        gpu, holder = kept
-        if self._state.slots.get(gpu) == holder:
-            if gpu in self._state.config.gpus:
-                self._state.slots[gpu] = ""
-            else:
-                del self._state.slots[gpu]
-            self.place_pending(now)
+        self._seating.place_pending(now)
 
     # Replicas.
 
     def replica_lost(
-        self, replica: Replica, why: str, last_lines: list[str], now: float, *, blame: bool = True
+        self,
+        replica: Replica,
+        why: str,
+        last_lines: list[str],
+        now: float,
+        *,
+        blame: bool = True,
+        convicted: Collection[Request] | None = None,
     ) -> None:
-        """One rank is enough to lose it. Its calls go back to their queues, its other ranks stop, and it is tried again."""
+        """One rank is enough to lose it. Its calls go back to their queues, its other ranks stop, and it is tried again. `convicted`: the
+        calls that may have been its death, None for all in flight."""
         state = self._state
         service: Service = replica.service
         service.pool.remove(replica)
@@ -354,16 +327,14 @@ class Lifecycle:
         if replica.state is ReplicaState.DRAINING:
             return
         replica.last_error = why + ("".join(f"\n  {line}" for line in last_lines))
-        if was_healthy and now - replica.healthy_at >= STEADY_S:
+        if was_healthy and is_forgiven(now - replica.healthy_at, replica.stats.total - replica.answered_before):
             replica.deaths = 0
         replica.deaths += blame
         replica.restarts += 1
         state.note("warning", "replica lost", replica=replica.name, epoch=replica.epoch, why=why, last_lines=last_lines)
         state.story.tell(now, replica.name, f"lost in epoch {replica.epoch}: {why}")
         old = replica.ranks
-        replica.ranks = [None] * len(old)
-        replica.epoch += 1
-        replica.master = None
+        self._next_epoch(replica)
         if service.kind == "actor" and was_healthy:
             service.state_epoch += 1
         for worker in old:
@@ -373,7 +344,7 @@ class Lifecycle:
         for launch in list(state.launches.values()):
             if launch.replica is replica and not any(worker.launch == launch.id for worker in state.workers.values()):
                 state.actions.append(Kill(launch.id))
-        self._dispatch.release(replica, why, now)
+        self._dispatch.release(replica, why, now, convicted)
         if not service.started and replica.deaths >= UNHEALTHY_AFTER:
             error = StartFailed(
                 service=service.name, why=f"{replica.name} died {replica.deaths} times: {why}", last_lines=last_lines
@@ -389,6 +360,12 @@ class Lifecycle:
         wait_s = backoff_s(replica.deaths, config.restart_backoff_s, config.restart_backoff_at_most_s, state.random)
         state.deadlines.add(now + wait_s, Kind.RESTART, (service.id, replica.idx, replica.epoch))
 
+    def _next_epoch(self, replica: Replica) -> None:
+        replica.ranks = [None] * len(replica.ranks)
+        replica.epoch += 1
+        replica.master = None
+        replica.closed = ""
+
     def restart(self, start: tuple[int, int, int], now: float) -> None:
         """The wait before another try is over. `start`: service id, replica idx, epoch."""
         service_id, idx, epoch = start
@@ -398,8 +375,8 @@ class Lifecycle:
             return
         if replica.state is ReplicaState.UNHEALTHY:
             replica.move(ReplicaMove.TRY_AGAIN)
-        self._want(replica, now)
-        self.place_pending(now)
+        self._seating.want(replica, now)
+        self._seating.place_pending(now)
 
     def start_overdue(self, start: tuple[int, int, int], now: float) -> None:
         """A replica has been starting for `start_timeout_s`: the first start fails, a later one is tried anew."""
@@ -434,28 +411,41 @@ class Lifecycle:
             service.start_failure = ({"error": error.to_wire()}, None)
         self._dispatch.fail_queued(service, error)
         for replica in list(service.replicas.values()):
-            self._stop_replica(replica, now)
+            self.stop_replica(replica, "its service is stopped", service.config.stop_grace_s, now)
         self._check_service(service, now)
 
-    def _stop_replica(self, replica: Replica, now: float) -> None:
+    def stop_replica(
+        self, replica: Replica, reason: str, grace_s: float, now: float, *, keep: Worker | None = None
+    ) -> None:
+        """Its running calls finish within the grace, the others go elsewhere, its sessions move when it is gone (F9). `keep`: the worker
+        whose supervisor shall not replace it."""
         state = self._state
         service: Service = replica.service
         service.pool.remove(replica)
         replica.move(ReplicaMove.STOP)
+        if service.cell is replica:
+            service.cell = None
+        replica.closed = ""
         state.pending.pop(replica.key, None)
+        self._dispatch.evict(replica, now)
         for worker in replica.ranks:
             if worker is not None:
                 # One that is still loading runs no calls that a grace could be for.
-                grace_s = service.config.stop_grace_s if worker.state is WorkerState.READY else 0.0
-                self._tell_to_stop(worker, "its replica is stopped", grace_s, now)
+                within_s = grace_s if worker.state is WorkerState.READY else 0.0
+                replace = not state.terminating and worker is not keep
+                self._tell_to_stop(worker, reason, within_s, now, replace=replace)
         for launch in state.launches.values():
             if launch.replica is replica and not any(worker.launch == launch.id for worker in state.workers.values()):
                 state.actions.append(Kill(launch.id))
         self._check_stopped(replica, now)
 
-    def _tell_to_stop(self, worker: Worker, reason: str, grace_s: float, now: float) -> None:
+    def dismiss(self, worker: Worker, reason: str, now: float) -> None:
+        """A worker that runs nothing leaves for good."""
+        self._tell_to_stop(worker, reason, 0.0, now, replace=False)
+
+    def _tell_to_stop(self, worker: Worker, reason: str, grace_s: float, now: float, *, replace: bool = True) -> None:
         worker.move(WorkerMove.STOP)
-        worker.post([STOP, reason, grace_s])
+        worker.post([STOP, reason, grace_s, replace])
         self._state.deliver(worker)
         self._state.deadlines.add(now + grace_s + KILL_AFTER_GRACE_S, Kind.KILL, worker)
 
@@ -464,24 +454,32 @@ class Lifecycle:
         speaking to it."""
         state = self._state
         here = state.workers.get(worker.name) is worker
-        if worker.launch in state.launches:
+        why = "it did not stop in time"
+        if worker.launch in state.launches or here:
             # Having said bye it has nothing left to lose: no reason to alarm anybody.
-            state.note(
-                "warning" if here else "info", "worker killed", worker=worker.name, why="it did not stop in time"
-            )
-            state.actions.append(Kill(worker.launch))
-        elif here and worker.watched:
-            state.note("warning", "worker killed", worker=worker.name, why="it did not stop in time")
-            state.actions.append(KillPeer(worker.name))
-        elif here:
-            self.worker_gone(worker, "it did not stop in time", [], now)
+            state.note("warning" if here else "info", "worker killed", worker=worker.name, why=why)
+            self._kill(worker, why, now)
 
     def _check_stopped(self, replica: Replica, now: float) -> None:
         if any(replica.ranks) or replica.state is not ReplicaState.DRAINING:
             return
-        self._dispatch.release(replica, "it was stopped", now)
+        # That it ended was our wish: what it did not finish within the grace is no suspect.
+        self._dispatch.release(replica, "it was stopped", now, convicted=())
+        service: Service = replica.service
+        if replica.comes_back and service.stopping is None:
+            replica.comes_back = False
+            replica.move(ReplicaMove.RETURN)
+            replica.restarts += 1
+            self._next_epoch(replica)
+            if service.kind == "actor":
+                service.state_epoch += 1
+            self._seating.want(replica, now)
+            self._seating.place_pending(now)
+            return
         replica.move(ReplicaMove.STOPPED)
-        self._check_service(replica.service, now)
+        if service.stopping is None:
+            del service.replicas[replica.idx]
+        self._check_service(service, now)
 
     def _check_service(self, service: Service, now: float) -> None:
         """Gone when the last of its workers and processes is."""
@@ -501,11 +499,11 @@ class Lifecycle:
         if service.owner is not None:
             service.owner.services.discard(service.id)
         state.note("info", "service stopped", service=service.name)
-        self._notice(service, "stopped", error=service.stopping.to_wire())
+        self._telling.notice(service, "stopped", error=service.stopping.to_wire())
         # Whoever deployed it hears of a failed start now that nothing of it is left: it may be tried again at once.
-        self._answer_start(service, False, *service.start_failure)
+        self._telling.answer_start(service, False, *service.start_failure)
         for client, number in service.waiting_stop:
-            self._answer(client, number, True, {}, None)
+            self._telling.answer(client, number, True, {}, None)
 
     # Ending.
 
@@ -521,6 +519,9 @@ class Lifecycle:
         for launch in state.launches.values():
             if not any(worker.launch == launch.id for worker in state.workers.values()):
                 state.actions.append(Kill(launch.id))
+        for worker in state.workers.values():
+            if worker.state is WorkerState.IDLE:
+                self.dismiss(worker, "the broker ends", now)
         self.check_finished()
 
     def check_finished(self) -> None:
@@ -532,40 +533,4 @@ class Lifecycle:
 
     def _started(self, service: Service, now: float) -> None:
         service.started = True
-        self._answer_start(service, True, self.describe(service, now), None)
-
-    def _answer_start(self, service: Service, ok: bool, fields: dict[str, Any], payload: Payload | None) -> None:
-        for client, number in service.waiting_start:
-            self._answer(client, number, ok, fields, payload)
-        service.waiting_start = []
-
-    def _answer(self, client: Client, number: int, ok: bool, fields: dict[str, Any], payload: Payload | None) -> None:
-        client.post([ANSWER, number, ok, fields, 0 if payload is None else client.outbox.attach(payload)])
-        self._state.deliver(client)
-
-    def _notice(self, service: Service, topic: str, **fields: Any) -> None:
-        for name in service.watchers:
-            link = self._state.links.get(name)
-            if link is not None:
-                link.post([NOTICE, topic, {"service": service.id, **fields}])
-                self._state.deliver(link)
-
-    def describe(self, service: Service, now: float) -> dict[str, Any]:
-        """What a handle needs to know (PROTOCOL.md §7)."""
-        config = service.config
-        return {
-            "service": service.id,
-            "name": service.name,
-            "kind": service.kind,
-            "class_name": service.class_name,
-            "detached": service.owner is None,
-            "endpoints": {endpoint.name: endpoint.id for endpoint in service.endpoints},
-            "signatures": {endpoint.name: endpoint.signature for endpoint in service.endpoints},
-            "options": {endpoint.name: endpoint.options for endpoint in service.endpoints},
-            "replicas": sorted(service.replicas),
-            "sizes": config.mesh_sizes,
-            "return_first": config.return_first_rank_result,
-            "errors": config.errors,
-            "state_epoch": service.state_epoch,
-            "metrics": metrics(service, now),
-        }
+        self._telling.answer_start(service, True, self._telling.describe(service, now), None)

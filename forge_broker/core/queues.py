@@ -46,6 +46,10 @@ class Queue:
             self._order = sorted(self._levels, reverse=True)
         return level
 
+    def counted(self) -> int:
+        """What `length` should be."""
+        return sum(map(len, self._levels.values()))
+
     def push(self, request: Request) -> None:
         priority = request.priority
         level = self._levels[priority] if priority in self._levels else self._level(priority)

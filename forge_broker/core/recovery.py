@@ -9,6 +9,12 @@ if TYPE_CHECKING:
 
 UNHEALTHY_AFTER: Final = 3  # deaths in a row: one may be chance, two a coincidence
 STEADY_S: Final = 30.0  # HEALTHY for so long, its earlier deaths are forgiven
+WORKED_S: Final = 1.0  # … or for so long, if it answered calls: whatever killed it, it is no failure to serve
+
+
+def is_forgiven(healthy_s: float, answered: int) -> bool:
+    """Whether a replica that dies now, HEALTHY for so long and with so many answers in this epoch, has a clean record."""
+    return healthy_s >= STEADY_S or (healthy_s >= WORKED_S and answered > 0)
 
 
 def backoff_s(deaths: int, first_s: float, at_most_s: float, random: Random) -> float:

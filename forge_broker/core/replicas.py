@@ -32,6 +32,7 @@ class ReplicaMove(enum.Enum):
     TRY_AGAIN = "it is tried again"
     STOP = "it is told to stop"
     STOPPED = "its last worker is gone"
+    RETURN = "its last worker is gone, and it starts anew"
 
 
 MOVES: Final[dict[ReplicaState, dict[ReplicaMove, ReplicaState]]] = {
@@ -58,9 +59,14 @@ MOVES: Final[dict[ReplicaState, dict[ReplicaMove, ReplicaState]]] = {
         ReplicaMove.LOST: ReplicaState.DRAINING,
         ReplicaMove.STOP: ReplicaState.DRAINING,
         ReplicaMove.STOPPED: ReplicaState.STOPPED,
+        ReplicaMove.RETURN: ReplicaState.RECOVERING,
     },
     ReplicaState.STOPPED: {},
 }
+
+
+LEAVING: Final = "leaving"
+ALONE: Final = "alone"
 
 
 class Replica:
@@ -69,13 +75,15 @@ class Replica:
     __slots__ = (
         "_name",
         "active",
+        "answered_before",
+        "closed",
+        "comes_back",
         "deaths",
         "epoch",
         "healthy_at",
         "idx",
         "key",
         "last_error",
-        "leaving",
         "limit",
         "master",
         "parked",
@@ -99,12 +107,16 @@ class Replica:
         self.epoch = 1
         self.state = ReplicaState.UNINITIALIZED
         self.ranks: list[Any] = [None] * world  # workers.Worker
-        self.leaving = False  # a worker of this epoch gave calls back: it takes nothing new, and will be gone
+        # Why it gets nothing new though it is HEALTHY: LEAVING, a worker of this epoch gave calls back and will be gone;
+        # ALONE, it is kept for a suspect (F4).
+        self.closed = ""
+        self.comes_back = False  # DRAINING: it starts anew when the last of its workers is gone
         self.active = 0  # calls in flight; the ledger's count, kept here because routers ask for every call
         self.sessions = 0  # pinned here
         self.master: tuple[str, int] | None = None  # rank 0's rendezvous of this epoch
         self.started_at = now  # of this epoch's start
         self.healthy_at = 0.0
+        self.answered_before = 0  # calls, when it became HEALTHY
         self.seats: list[Any] = []  # placement.Seat by rank, of this epoch
         self.pending_why = ""  # why it could not be placed, while it cannot
         self.deaths = 0  # in a row, without having been HEALTHY for a while
@@ -140,7 +152,7 @@ class Replica:
 
     @property
     def has_room(self) -> bool:
-        return self.active < self.limit and self.state is ReplicaState.HEALTHY and not self.leaving
+        return self.active < self.limit and self.state is ReplicaState.HEALTHY and not self.closed
 
     @property
     def current_load(self) -> int:
@@ -190,8 +202,7 @@ class ReplicaPool(Pool):
         self._at[replica.idx] = replica
         replica.pool = self
         self._rebuild()
-        if replica.active < replica.limit:
-            self._set(replica.idx, replica.active)
+        self.open(replica)
 
     def remove(self, replica: Replica) -> None:
         if replica.pool is None:
@@ -201,10 +212,15 @@ class ReplicaPool(Pool):
         self._clear(replica)
         self._rebuild()
 
-    def close(self, replica: Replica) -> None:
-        """It stays among the healthy, but has no room until it is admitted anew."""
-        replica.leaving = True
+    def close(self, replica: Replica, why: str) -> None:
+        """It stays among the healthy, but has no room until it is opened or admitted anew."""
+        replica.closed = why
         self._clear(replica)
+
+    def open(self, replica: Replica) -> None:
+        replica.closed = ""
+        if replica.active < replica.limit:
+            self._set(replica.idx, replica.active)
 
     def _clear(self, replica: Replica) -> None:
         bit = ~(1 << replica.idx)
@@ -225,6 +241,8 @@ class ReplicaPool(Pool):
         """The replica, which had the room, has `count` more calls in flight."""
         load = replica.active
         replica.active = load + count
+        if replica.closed:
+            return  # a suspect's, in no set
         bit = 1 << replica.idx
         self._by_load[load] ^= bit
         if load + count < replica.limit:
@@ -236,7 +254,7 @@ class ReplicaPool(Pool):
         """`count` of its calls have ended."""
         before = replica.active
         replica.active = before - count
-        if replica.leaving:
+        if replica.closed:
             return
         if before < replica.limit:
             self._by_load[before] ^= 1 << replica.idx

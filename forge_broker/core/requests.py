@@ -71,6 +71,7 @@ class Request:
         "attempt",
         "client",
         "deadline",
+        "deaths",
         "endpoint",
         "gather",
         "hints",
@@ -97,6 +98,7 @@ class Request:
         self.queued_at = now
         self.started_at = 0.0  # of the current attempt
         self.attempt = 0
+        self.deaths = 0  # of replicas that died by themselves while they ran it: it is a suspect (F4)
         self.answered = False
         self.holder: Any = None  # the Queue or the Replica that has it
         self.deadline: float | None = None
@@ -111,13 +113,14 @@ class Request:
 class Gather:
     """A fan-out under way: fixed targets, one reply made of their parts (A5). Stands in `Client.calls` for all of them."""
 
-    __slots__ = ("children", "client", "deadline", "endpoint", "id", "parts", "queued_at", "size")
+    __slots__ = ("children", "client", "deadline", "endpoint", "id", "parts", "payload", "queued_at", "size")
 
-    def __init__(self, id: int, client: Any, endpoint: Any, size: int, now: float) -> None:
+    def __init__(self, id: int, client: Any, endpoint: Any, payload: Payload, size: int, now: float) -> None:
         self.id = id
         self.client = client
         self.endpoint = endpoint
-        self.size = size  # bytes of its payload, which the parts share
+        self.payload = payload  # which the parts share
+        self.size = size  # bytes
         self.queued_at = now
         self.deadline: float | None = None
         self.children: dict[int, Request] = {}  # replica idx → the part still awaited

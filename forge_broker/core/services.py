@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaPool
@@ -23,6 +23,7 @@ class Endpoint:
 
     __slots__ = (
         "at_most_once",
+        "hang_timeout_s",
         "id",
         "method",
         "name",
@@ -30,6 +31,7 @@ class Endpoint:
         "ordered",
         "pins_with",
         "queue",
+        "replay_last",
         "router",
         "service",
         "signature",
@@ -54,6 +56,8 @@ class Endpoint:
         delivery = self.options.get("delivery") or service.config.delivery
         default = "at_most_once" if service.kind == "actor" else "at_least_once"
         self.at_most_once = (delivery or default) == "at_most_once"
+        self.hang_timeout_s: float | None = self.options.get("hang_timeout_s")
+        self.replay_last: bool = bool(self.options.get("replay_last"))
 
     def __repr__(self) -> str:
         return f"<Endpoint {self.service.name}.{self.name} {self.queue.length} queued>"
@@ -66,7 +70,7 @@ class Endpoint:
 class Session:
     """What the broker knows of one session; where it is pinned stands in `Service.pins`."""
 
-    __slots__ = ("client", "hints", "id", "unpinned", "used_at")
+    __slots__ = ("client", "hints", "id", "lost", "ran", "state", "suspects", "unpinned", "used_at")
 
     def __init__(self, id: str, client: Any, hints: dict[str, Any], now: float) -> None:
         self.id = id
@@ -74,13 +78,32 @@ class Session:
         self.hints = hints
         self.used_at = now
         self.unpinned = 0  # its calls in the service's `unpinned` queue
+        self.suspects = 0  # its calls in the service's `suspects` queue
+        self.ran = False  # a call of it was answered by a replica, which may have state of it
+        self.state: Checkpoint | None = None  # the last one its replica sent (S3)
+        self.lost = ""  # why its state is lost for good: what its calls fail with
+
+
+class Checkpoint(NamedTuple):
+    """A session's state as its replica exported it. `trusted`: the stamp for whoever imports it."""
+
+    payload: Payload
+    size: int  # bytes
+    trusted: bool
+
+
+class Replay(NamedTuple):
+    payload: Payload  # the arguments
+    trusted: bool
 
 
 class Service:
     __slots__ = (
+        "cell",
         "class_name",
         "config",
         "endpoints",
+        "exports",
         "grace_at",
         "id",
         "init",
@@ -88,10 +111,12 @@ class Service:
         "kind",
         "metrics_at",
         "name",
+        "open_replays",
         "owner",
         "pins",
         "pool",
         "ready",
+        "replays",
         "replicas",
         "sessions",
         "spec",
@@ -99,6 +124,7 @@ class Service:
         "started",
         "state_epoch",
         "stopping",
+        "suspects",
         "unhealthy_since",
         "unpinned",
         "waiting_start",
@@ -107,15 +133,15 @@ class Service:
     )
 
     def __init__(
-        self, id: int, name: str, spec: dict[str, Any], config: ServiceConfig, init: Payload, owner: Any, now: float
+        self, id: int, name: str, spec: dict[str, Any], config: ServiceConfig, init: Payload, trusted: bool, now: float
     ) -> None:
         self.id = id
         self.name = name
         self.spec = spec
         self.config = config
         self.init = init  # the constructor's arguments, as they came
-        self.init_trusted: bool = owner.trusted
-        self.owner = owner  # clients.Client, None when it lives on by itself
+        self.init_trusted = trusted
+        self.owner: Any = None  # clients.Client; None when it lives on by itself
         self.kind: str = spec["kind"]
         self.class_name: str = spec["class_name"]
         self.pool = ReplicaPool(config.concurrency)
@@ -125,6 +151,12 @@ class Service:
         self.pins: dict[str, int] = {}  # session id → replica idx; what routers see as `session_map`
         self.unpinned = Queue(f"{name} sessions")  # calls of sessions that have no replica yet, in order
         self.ready: deque[Queue] = deque()  # queues that may have something to give, in rotation (R1)
+        self.suspects = Queue(f"{name} suspects")  # calls that have to run alone (F4), and what waits behind them
+        self.cell: Replica | None = None  # the replica that is kept free for them
+        self.exports = bool(spec.get("exports"))  # the class has hooks for its sessions' state (S3)
+        # The last successful fan-out of each endpoint that wants it played to newcomers (A11), oldest first.
+        self.replays: dict[int, Replay] = {}  # by method
+        self.open_replays = 0  # such fan-outs under way: nobody becomes HEALTHY meanwhile
         self.started = False  # all replicas have been HEALTHY once
         self.stopping: Any = None  # the error for whoever calls now
         self.state_epoch = 1  # of an actor: how often its state began anew (A12)
@@ -140,10 +172,26 @@ class Service:
         return f"<Service {self.name} {len(self.pool)}/{len(self.replicas)} healthy>"
 
     @property
-    def queues(self) -> list[Queue]:
-        """Its queues but those of the replicas: each once, though an actor's endpoints share one."""
+    def rotation(self) -> list[Queue]:
+        """Its queues that take turns, but those of the replicas: each once, though an actor's endpoints share one."""
         found = {id(endpoint.queue): endpoint.queue for endpoint in self.endpoints}
         return [*found.values(), self.unpinned]
+
+    @property
+    def queues(self) -> list[Queue]:
+        """All where a call of no replica may wait."""
+        return [*self.rotation, self.suspects]
+
+    def deed(self) -> dict[str, Any]:
+        """What a broker without memory needs to have this service again (PROTOCOL.md §7.2)."""
+        return {
+            "service": self.id,
+            "name": self.name,
+            "spec": self.spec,
+            "endpoints": [endpoint.id for endpoint in self.endpoints],
+            "owner": 0 if self.owner is None else self.owner.id,
+            "trusted": self.init_trusted,
+        }
 
     def pin(self, session: str, replica: Replica) -> None:
         self.unpin(session)
@@ -160,8 +208,15 @@ class Service:
         queue: Queue = request.holder
         queue.remove(request)
         request.holder = None
-        if queue is self.unpinned and request.session in self.sessions:
-            self.sessions[request.session].unpinned -= 1
+        if request.session in self.sessions:
+            self.sessions[request.session].unpinned -= queue is self.unpinned
+            self.sessions[request.session].suspects -= queue is self.suspects
+
+    def wake(self, queue: Queue) -> None:
+        """Put a queue into the rotation of the pump, if it has anything. Suspects take no turn: they wait for their cell."""
+        if not queue.waiting and queue.length and queue is not self.suspects:
+            queue.waiting = True
+            self.ready.append(queue)
 
     def free_idx(self) -> int:
         """The lowest replica number not in use: names stay short however often it scales."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from forge_broker.core.actions import Action, Deliver, Note
+from forge_broker.core.claims import Claim, Window
 from forge_broker.core.clients import Client
+from forge_broker.core.dead_letters import DeadLetters
 from forge_broker.core.deadlines import Deadlines
 from forge_broker.core.ledger import Ledger
 from forge_broker.core.links import Link
@@ -54,6 +56,7 @@ class State:
         random: Random,
         unpickle: Callable[[bytes], Any],
         now: float,
+        recovering: bool = False,
     ) -> None:
         self.config = config
         self.incarnation = incarnation
@@ -62,6 +65,7 @@ class State:
         self.random = random
         self.unpickle = unpickle
         self.started_at = now
+        self.recovering = recovering  # we were started where another broker ended without a word
 
         # Peers. Made by a hello, removed when they are gone.
         self.links: dict[str, Link] = {}
@@ -72,14 +76,20 @@ class State:
         self.services: dict[int, Service] = {}
         self.names: dict[str, Service] = {}
         self.endpoints: dict[int, Endpoint] = {}
-        self.last_id = 0  # services, endpoints, replicas and launches count together
+        self.last_id = 0  # services, endpoints and replicas count together
 
         # Processes and GPUs of this machine.
         self.launches: dict[int, Launch] = {}  # until the process is gone
         self.slots: dict[str, str] = dict.fromkeys(config.gpus, "")  # GPU → who has it, "" if nobody
         self.pending: dict[int, Replica] = {}  # replicas without seats, in the order of their asking
+        self.window: Window | None = None  # while we recover (F10)
+        self.predecessors: set[int] = set()  # incarnations that we go on for: what they gave handles to, we know
+        self.claims: dict[int, Claim] = {}  # while what was asked in the window is done: who ran or runs what
+        self.replayed: set[Service] = set()  # a fan-out that newcomers had to wait for is over (A11): look at them
 
         self.ledger = Ledger()
+        self.dead = DeadLetters(config.dead_letters, config.dead_letter_bytes)
+        self.checkpoint_bytes = 0  # of all sessions' states
         self.deadlines = Deadlines()
         self.story = Story(config.story_entries)
         self.held_bytes = 0  # arguments of all unanswered calls
@@ -93,6 +103,12 @@ class State:
     def next_id(self) -> int:
         self.last_id += 1
         return self.last_id
+
+    def next_launch(self) -> int:
+        """Drawn, because processes that our predecessor launched come to us with its numbers (F10)."""
+        while (drawn := self.random.randrange(1, 1 << 31)) in self.launches:
+            pass
+        return drawn
 
     def stalled(self, seconds: float, now: float) -> None:
         if seconds >= self.loop_lag_s(now):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from forge_broker.core.dead_letters import DeadLetter
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica
 from forge_broker.core.requests import Gather, Request
@@ -21,7 +22,9 @@ def broker_status(state: State, now: float) -> dict[str, Any]:
         "incarnation": state.incarnation,
         "uptime_s": round(now - state.started_at, 3),
         "loop_lag_s": round(state.loop_lag_s(now), 3),
-        "recovering": False,
+        "recovering": None
+        if state.window is None
+        else {"until_s": round(state.window.until - now, 3), "missing": missing(state)},
         "terminating": state.terminating,
         "clients": len(state.clients),
         "services": [service_state(service, now) for service in state.services.values()],
@@ -30,9 +33,32 @@ def broker_status(state: State, now: float) -> dict[str, Any]:
         "launches": len(state.launches),
         "max_workers": state.config.max_workers,
         "queued_bytes": state.held_bytes,
+        "dead_letters": len(state.dead),
+        "checkpoint_bytes": state.checkpoint_bytes,
         "fenced_replies": state.ledger.fenced,
         "counters": dict(state.counters),
     }
+
+
+def missing(state: State) -> list[str]:
+    """What a broker that recovers still waits for, for people."""
+    window = state.window
+    if window is None:
+        return []
+    found = [
+        f"the client that started {state.services[service].name}"
+        for service, owner in window.owners.items()
+        if owner and service not in window.declared
+    ]
+    for service in state.services.values():
+        for replica in service.replicas.values():
+            absent = [str(rank) for rank, worker in enumerate(replica.ranks) if worker is None]
+            if absent:
+                found.append(f"rank {', '.join(absent)} of {replica.name}")
+        wanted = service.config.initial_replicas - len(service.replicas)
+        if wanted > 0:
+            found.append(f"{wanted} replicas of {service.name}")
+    return found
 
 
 def service_state(service: Service, now: float) -> dict[str, Any]:
@@ -95,6 +121,18 @@ def workers(state: State, now: float) -> list[dict[str, Any]]:
     ]
 
 
+def dead_letter(letter: DeadLetter, now: float) -> dict[str, Any]:
+    return {
+        "id": letter.id,
+        "service": letter.service,
+        "endpoint": letter.endpoint,
+        "attempts": letter.attempts,
+        "died": round(now - letter.died_at, 3),  # seconds ago
+        "why": letter.why,
+        "bytes": letter.size,
+    }
+
+
 def metrics(service: Service, now: float) -> dict[str, Any]:
     """X4, with the original's names. Queue depth counts endpoint queues and parked calls, over healthy replicas."""
     replicas = service.replicas.values()
@@ -145,6 +183,9 @@ def story(state: State, subject: str, now: float) -> list[str]:
             *lines,
             f"{worker!r} on {worker.hello['hostname']}, pid {worker.hello['pid']}, heard {now - worker.heard_at:.3f} s ago",
         ]
+    letter = state.dead.get(subject)
+    if letter is not None:
+        return [*lines, f"a dead letter of {letter.service}.{letter.endpoint}; see `forge dead show {letter.id}`"]
     key = read_request(subject)
     if key is not None:
         return lines + _request_now(state, key, now)

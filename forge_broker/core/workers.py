@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections import deque
 from typing import Any, Final
 
 from forge_broker.core.links import Link
 from forge_broker.core.requests import Request
-from forge_contract.messages import DISPATCH, DROP
+from forge_contract.messages import DISPATCH, DROP, FORGET, SETTLED
 
 
 class WorkerState(enum.Enum):
@@ -44,6 +45,7 @@ MOVES: Final[dict[WorkerState, dict[WorkerMove, WorkerState]]] = {
         WorkerMove.END: WorkerState.GONE,
     },
     WorkerState.READY: {
+        WorkerMove.READY: WorkerState.READY,  # it has run another replay
         WorkerMove.STOP: WorkerState.DRAINING,
         WorkerMove.SILENT: WorkerState.LOST,
         WorkerMove.END: WorkerState.GONE,
@@ -54,7 +56,7 @@ MOVES: Final[dict[WorkerState, dict[WorkerMove, WorkerState]]] = {
         WorkerMove.SILENT: WorkerState.LOST,
         WorkerMove.END: WorkerState.GONE,
     },
-    WorkerState.LOST: {WorkerMove.HELLO: WorkerState.IDLE, WorkerMove.END: WorkerState.GONE},
+    WorkerState.LOST: {WorkerMove.STOP: WorkerState.DRAINING, WorkerMove.END: WorkerState.GONE},
     WorkerState.GONE: {},
 }
 
@@ -65,7 +67,19 @@ class Worker(Link):
     role = "worker"
     constant_field = 5  # attempts
 
-    __slots__ = ("_flags", "gpus", "host", "launch", "rank", "replica", "state")
+    __slots__ = (
+        "_flags",
+        "gpus",
+        "host",
+        "launch",
+        "played",
+        "rank",
+        "replays",
+        "replica",
+        "settled",
+        "state",
+        "unsettled",
+    )
 
     def __init__(self, *link: Any) -> None:
         super().__init__(*link)
@@ -75,6 +89,12 @@ class Worker(Link):
         self.state = WorkerState.STARTING
         self.replica: Any = None  # replicas.Replica
         self.rank = 0
+        self.replays = 0  # sent to it (A11)
+        self.played = 0  # of them it has run
+        # Envelopes of it whose replies are not known to have reached their clients: (number, client, envelope to that client);
+        # of a call that another rank still runs, (number, that request, 0). It keeps those replies (F10).
+        self.unsettled: deque[tuple[int, Any, int]] = deque()
+        self.settled = 0  # what it was told
         self._flags = 0  # the columns of the DISPATCH that is open
 
     def __repr__(self) -> str:
@@ -86,6 +106,26 @@ class Worker(Link):
         if after is None:
             raise RuntimeError(f"{self!r} cannot take the move {move.value!r}")
         self.state = after
+
+    def settle(self) -> None:
+        """Tell it what it need not keep any more, now that there is something to tell anyway."""
+        settled = 0
+        unsettled = self.unsettled
+        while unsettled:
+            number, owed, envelope = unsettled[0]
+            if isinstance(owed, Request):
+                client = owed.client
+                if owed.id in client.calls and not client.gone:
+                    break
+                unsettled[0] = (number, client, client.channel.sent + 1)
+                continue
+            if envelope > owed.channel.acked and not owed.gone:
+                break
+            settled = number
+            unsettled.popleft()
+        if settled > self.settled and not (unsettled and unsettled[0][0] == settled):
+            self.settled = settled
+            self.post([SETTLED, settled])
 
     def add_dispatch(self, requests: list[Request], endpoint: Any, now: float) -> None:
         """Append to the open column group; a new one when method, trust or the set of columns differ."""
@@ -123,6 +163,14 @@ class Worker(Link):
             columns["client"] = True
         self._flags = flags
         return self.open_group([DISPATCH, self.replica.epoch, endpoint.method, request.trusted, [], [], [], columns])
+
+    def add_forget(self, session: str) -> None:
+        """This session has ended; many in a row share a message."""
+        body = self.outbox.body
+        if self.group is None and body and body[-1][0] == FORGET:
+            body[-1][1].append(session)
+        else:
+            self.post([FORGET, [session]])
 
     def add_drop(self, request: int) -> None:
         """Cancel this one; many in a row share a message."""

@@ -26,6 +26,7 @@ class Bound(NamedTuple):
     address: str  # with the port, where `*` was asked for
     trusted: bool
     lock: int | None  # the lock file's descriptor, held as long as the socket
+    orphaned: bool = False  # the last one that held it ended without a word: killed, or the machine was
 
 
 def bind_all(context: zmq.Context[zmq.Socket[bytes]], config: BrokerConfig) -> list[Bound]:
@@ -49,6 +50,7 @@ def release(bound: Bound, *, linger_ms: int = 0, directory_too: bool = False) ->
     if path is not None:
         Path(path).unlink(missing_ok=True)
     if bound.lock is not None:
+        os.ftruncate(bound.lock, 0)  # we leave in order: nobody has to recover what we had
         os.close(bound.lock)
     if path is not None and directory_too:
         Path(f"{path}.lock").unlink(missing_ok=True)
@@ -65,10 +67,10 @@ def _bind(context: zmq.Context[zmq.Socket[bytes]], address: str, config: BrokerC
         )
     path = ipc_path(address)
     lock = None
-    trusted = False
+    trusted = orphaned = False
     if path is not None:
         trusted = make_private(Path(path).parent)
-        lock = _lock(Path(f"{path}.lock"), address)
+        lock, orphaned = _lock(Path(f"{path}.lock"), address)
     socket = context.socket(zmq.ROUTER)
     for option, value in (
         (zmq.ROUTER_MANDATORY, 1),
@@ -92,7 +94,7 @@ def _bind(context: zmq.Context[zmq.Socket[bytes]], address: str, config: BrokerC
         raise ConfigError(where="bind", message=f"{address}: {error.strerror}") from error
     last = socket.getsockopt(zmq.LAST_ENDPOINT)
     assert isinstance(last, bytes)
-    return Bound(socket, last.rstrip(b"\0").decode(), trusted, lock)
+    return Bound(socket, last.rstrip(b"\0").decode(), trusted, lock, orphaned)
 
 
 def make_private(directory: Path) -> bool:
@@ -107,7 +109,8 @@ def make_private(directory: Path) -> bool:
     return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
 
 
-def _lock(path: Path, address: str) -> int:
+def _lock(path: Path, address: str) -> tuple[int, bool]:
+    """The lock, and whether its last holder left its pid in it, as one does that is killed."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,6 +118,7 @@ def _lock(path: Path, address: str) -> int:
         holder = os.read(descriptor, 32).decode(errors="replace").strip()
         os.close(descriptor)
         raise AddressInUse(address=address, holder=f" (pid {holder})" if holder else "") from error
+    orphaned = bool(os.read(descriptor, 1))
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"{os.getpid()}\n".encode())
-    return descriptor
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor, orphaned

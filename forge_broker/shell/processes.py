@@ -29,12 +29,24 @@ def pid_namespace() -> int:
 
 def start_time(pid: int) -> int:
     """When the process started, in clock ticks since boot; 0 when it cannot be told. A pid alone may have been given to another process."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else 0
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether the process is in state T: stopped by a signal, as by Ctrl-Z. Of a watched peer the pid is its own until it is reaped."""
+    fields = _stat(pid)
+    return bool(fields) and fields[0] == "T"
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the command's name; none where there is no such process, or no /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return 0
+        return []
     # The command's name, in parentheses, may hold anything; the numbers come after the last one.
-    return int(stat.rpartition(")")[2].split()[19])
+    return stat.rpartition(")")[2].split()
 
 
 class Watches:

@@ -22,14 +22,24 @@ from typing import Any, Final
 
 import zmq
 
-from forge_broker.core.actions import Action, Deliver, Exit, Kill, KillPeer, Launch, Note, Send, Watch
+from forge_broker.core.actions import Action, Deliver, Exit, Kill, KillPeer, Launch, Look, Note, Send, Watch
 from forge_broker.core.broker import Broker
-from forge_broker.core.events import Event, ProcessGone, Received, Route, Stalled, Terminate, Unroutable, Watched
+from forge_broker.core.events import (
+    Event,
+    ProcessGone,
+    Received,
+    Route,
+    Stalled,
+    Stopped,
+    Terminate,
+    Unroutable,
+    Watched,
+)
 from forge_broker.core.state import State
 from forge_broker.scalers.local import LocalScaler
 from forge_broker.shell.addresses import Bound, bind_all, make_private, release
 from forge_broker.shell.log import Log
-from forge_broker.shell.processes import Watches, host_id
+from forge_broker.shell.processes import Watches, host_id, is_stopped
 from forge_contract.addresses import is_loopback
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import ConfigError
@@ -112,6 +122,7 @@ class Server:
                 random=random.Random(secrets.randbits(64)),
                 unpickle=_unpickle,
                 now=time.monotonic(),
+                recovering=any(one.orphaned for one in self._bound),
             )
         )
         # What exists now lives as long as we do; a collection every 700 allocations would look at it for every few calls.
@@ -154,9 +165,10 @@ class Server:
                     self._other(key.fd, wake, now)
             if self._signals > seen_signals:
                 seen_signals = self._signals
-                if seen_signals > 1:
+                if seen_signals > 1 or broker.state.terminating:
                     self._log.write(Note("warning", "ending now", {"why": "a second signal"}))
                     break
+                self._log.write(Note("info", "draining; once more to end now", {"why": "a signal"}))
                 self._event(Terminate("a signal"), now)
             self._carry_out(broker.tick(now), now)
             self._send_waiting(now)
@@ -219,6 +231,9 @@ class Server:
                 self._scaler.kill(action.launch)
             elif isinstance(action, KillPeer):
                 self._kill_peer(action.name)
+            elif isinstance(action, Look):
+                if is_stopped(action.pid):
+                    self._event(Stopped(action.name), now)
             elif isinstance(action, Exit):
                 self._done = True
 

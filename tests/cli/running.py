@@ -24,6 +24,8 @@ BOUND_S: Final = 30.0
 
 APP: Final = """
 import asyncio
+import os
+import sys
 from forge_client import ForgeActor, current_request, endpoint
 
 
@@ -38,6 +40,24 @@ class Gen(ForgeActor):
     @endpoint
     async def rest(self):
         await asyncio.Event().wait()
+
+    @endpoint
+    async def until(self, path):
+        open(path + ".started", "w").close()
+        while not os.path.exists(path):
+            await asyncio.sleep(0.01)
+        return "finished"
+
+    @endpoint
+    def die_if(self, path):
+        if os.path.exists(path):
+            print("last words", file=sys.stderr, flush=True)
+            os._exit(3)
+        return "alive"
+
+    @endpoint
+    def pid(self):
+        return os.getpid()
 
     @endpoint
     def fail(self):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,15 @@ def test_an_endpoints_own_exception_fails_with_its_remote_traceback(capsys: pyte
     assert capsys.readouterr().err == "Traceback: in the worker\nError: KeyError: 'x'\n"
 
 
+def test_what_was_noted_on_an_error_is_told_below_it() -> None:
+    """A5: which rank of a mesh it was, for instance."""
+    error = RemoteError(type_name="app.Odd", remote_message="x")
+    error.add_note("rank 2 of 4")
+    failure = failure_of(error)
+    assert failure is not None
+    assert failure.message == "RemoteError: app.Odd: x\nrank 2 of 4"
+
+
 def test_a_mistake_of_our_own_is_not_dressed_up() -> None:
     assert failure_of(KeyError("x")) is None
 
@@ -167,3 +177,11 @@ def test_without_a_broker_one_line_says_so_and_the_code_is_69(line: str, tmp_pat
     done = CliRunner().invoke(main, [*line.split(), "--broker", f"ipc://{tmp_path}/none.sock"])
     assert done.exit_code == 69
     assert re.fullmatch(r"Error: no broker answered at ipc://\S+ within 0 s; is it running\?.*\n", done.output)
+
+
+def test_a_port_at_which_nobody_listens_is_told_at_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+    done = CliRunner().invoke(main, ["status", "--broker", address])
+    assert done.exit_code == 69
+    assert f"no broker answered at {address} within 0 s" in done.output

@@ -103,6 +103,75 @@ def test_why_a_replica_waits_and_its_last_error_are_told_in_full() -> None:
     assert "gen/1 last error: signal SIGKILL [bold]x[/bold]" in text
 
 
+LINES = [f"line {number}" for number in range(1, 8)]
+
+
+def told_of(last_error: str, width: int = 80, **options: Any) -> list[str]:
+    """The lines from a replica's last error on."""
+    died = replica("gen/1", state="UNHEALTHY", healthy=False, restarts=4, last_error=last_error)
+    lines = shown(status_page(status(service(replicas=[died])), "ipc:///b", **options), width).splitlines()
+    return lines[next(at for at, line in enumerate(lines) if "last error" in line) :]
+
+
+def test_of_the_stderr_of_what_died_the_last_five_lines_are_shown_and_the_rest_counted() -> None:
+    """F7: the last ones say what it died of."""
+    error = "\n  ".join(["rank 0: exited with 3", *LINES])
+    assert told_of(error) == [
+        "gen/1 last error: rank 0: exited with 3",
+        "    … 2 lines before: forge status --verbose",
+        *(f"    {line}" for line in LINES[2:]),
+    ]
+    assert told_of(error, verbose=True)[1:] == [f"    {line}" for line in LINES]
+
+
+def test_a_long_line_of_stderr_is_cut_at_the_edge_of_the_screen_unless_all_is_wanted() -> None:
+    """F7"""
+    error = f"rank 0: died of SIGSEGV\n  {'x' * 200}"
+    (_, line) = told_of(error)
+    assert (len(line), line[-1]) == (80, "…")
+    assert sum(line.count("x") for line in told_of(error, verbose=True)) == 200
+
+
+def test_what_a_process_wrote_before_it_died_cannot_steer_the_terminal() -> None:
+    (_, line) = told_of("rank 0: exited with 1\n  \x1b[2J\ttab")
+    assert line == "    \ufffd[2J tab"
+
+
+def test_a_lost_worker_says_for_how_long_and_what_it_keeps() -> None:
+    """F1: the slot of a silent worker on another host stays taken until it is heard from."""
+    lost = worker(state="LOST", hostname="far", silent_s=42.0, gpus=["0", "1"], replica=None, rank=None)
+    text = shown(status_page(status(service(), workers=(lost,)), "ipc:///b"), width=200)
+    assert "LOST" in text
+    assert "w-0123456789abcdef on far is lost: nothing was heard of it for 42 s; GPU 0, 1 there stays taken" in text
+
+
+def test_a_recovering_broker_says_for_how_long_and_what_it_misses() -> None:
+    """F10"""
+    missing = ["the client that started gen", *(f"rank 0, 1 of gen/{idx}" for idx in range(9))]
+    some = shown(status_page(status(recovering={"until_s": 2.5, "missing": missing}), "ipc:///b"), width=200)
+    assert "recovering for another 2.5 s, still missing: the client that started gen; rank 0, 1 of gen/0; rank" in some
+    assert "rank 0, 1 of gen/3; and 5 more" in some
+    page = status_page(status(recovering={"until_s": 2.5, "missing": missing}), "ipc:///b", verbose=True)
+    assert "gen/8" in shown(page, width=200)
+    nothing = status_page(status(recovering={"until_s": 2.5, "missing": []}), "ipc:///b")
+    assert "nothing that is known of is missing" in shown(nothing)
+    assert "recovering" not in shown(status_page(status(recovering=None), "ipc:///b"))
+
+
+def test_dead_letters_are_counted_with_where_to_look() -> None:
+    """F4"""
+    assert "2 dead letters: see `forge dead list`" in shown(status_page(status(dead_letters=2), "ipc:///b"))
+    assert "dead letter" not in shown(status_page(status(dead_letters=0), "ipc:///b"))
+
+
+def test_a_service_says_how_many_of_its_replicas_are_draining() -> None:
+    """F9"""
+    leaving = [replica("gen/0"), replica("gen/1", state="DRAINING", healthy=False)]
+    text = shown(status_page(status(service(replicas=leaving)), "ipc:///b"))
+    assert "1 of 2" in text
+    assert "1 draining" in text
+
+
 def test_queues_in_which_something_waits_are_named() -> None:
     text = shown(status_page(status(service(queues={"gen.predict": 10_000, "gen.version": 0})), "ipc:///b"))
     (line,) = (line.split() for line in text.splitlines() if line.startswith("gen.predict"))

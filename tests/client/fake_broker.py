@@ -56,7 +56,7 @@ class Raised:
 
 class FakeBroker:
     """`methods`: endpoint name to a function that gives the result (raise a ForgeError for FAILED, another for RAISED).
-    An endpoint named in `silent` gets no answers. What came in is in `seen`: one tuple per call or control."""
+    An endpoint or a control's op named in `silent` gets no answers. What came in is in `seen`: one tuple per call or control."""
 
     def __init__(self, *, trusted: bool = True, incarnation: int = 77) -> None:
         self.trusted = trusted
@@ -70,6 +70,7 @@ class FakeBroker:
         self.envelopes = 0
         self.heartbeats = 0
         self.hellos: list[dict[str, Any]] = []
+        self.declared_payloads: list[Any] = []  # of the latest hello
         self.specs: list[dict[str, Any]] = []
         self.named: dict[str, dict[str, Any]] = {}
         self.replicas = 2
@@ -115,9 +116,10 @@ class FakeBroker:
     def _say(self, name: str, epoch: int, body: list[Any]) -> None:
         self._unsent.append((name, self._frames(epoch, body)))
 
-    def forget(self) -> None:
-        """Become another broker: it knows nobody."""
+    def forget(self, *, recovering: bool = False) -> None:
+        """Become another broker: it knows nobody. `recovering`: and it asks everybody what there was."""
         self.incarnation += 1
+        self.welcome["recovering"] = recovering
         self.peers.clear()
         self.out.clear()
 
@@ -128,6 +130,7 @@ class FakeBroker:
                 self.heartbeats += 1
             elif kind == HELLO:
                 self.hellos.append(message[1])
+                self.declared_payloads = envelope.payloads.take_all(message[2])
                 if self.refusal is not None:
                     self._say(envelope.sender, envelope.epoch, [[REFUSE, *self.refusal]])
                     continue
@@ -218,6 +221,8 @@ class FakeBroker:
         _, number, op, fields, size = message
         payload = envelope.payloads.take(size) if size else b""
         self.seen.append((op, fields))
+        if op in self.silent:
+            return
         try:
             if op in self.controls:
                 answer = self.controls[op](fields)

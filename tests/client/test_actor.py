@@ -87,6 +87,65 @@ def test_an_unknown_option_fails_there_and_then_with_the_known_ones() -> None:
         Gen.options(num_replica=2)
 
 
+class Poisoned(RuntimeError):
+    pass
+
+
+def test_fatal_errors_are_given_as_classes_or_names_and_travel_as_names() -> None:
+    """F6"""
+    configured = Gen.options(fatal_errors=(Poisoned, ValueError, "torch.cuda.CudaError", "builtins.OSError"))
+    assert service_config(configured).fatal_errors == (
+        f"{__name__}.Poisoned",
+        "ValueError",
+        "torch.cuda.CudaError",
+        "OSError",
+    )
+    assert service_config(Gen.options(fatal_errors=[MemoryError])).fatal_errors == ("MemoryError",)
+    assert service_config(Gen.options(fatal_errors=KeyError)).fatal_errors == ("KeyError",)
+
+    class Fragile(Gen):
+        fatal_errors = (ZeroDivisionError,)
+
+    assert service_config(Fragile).fatal_errors == ("ZeroDivisionError",)
+    with pytest.raises(ConfigError, match="fatal_errors must be names of exceptions"):
+        Gen.options(fatal_errors=(7,))
+
+
+def test_what_a_failure_does_is_said_for_each_endpoint() -> None:
+    """F1, F3, A11"""
+
+    class Trainer(ForgeActor):
+        @endpoint(replay_last=True, delivery="at_most_once")
+        async def load(self, weights: bytes) -> None: ...
+
+        @service_endpoint(hang_timeout_s=2.5)
+        async def step(self) -> None: ...
+
+    spec = describe(Trainer, ServiceConfig(on_session_loss="raise", max_attempts=2), "service", trusted=True)
+    load, step = (one["options"] for one in spec["endpoints"])
+    assert (load["replay_last"], load["delivery"], load["hang_timeout_s"]) == (True, "at_most_once", None)
+    assert (step["replay_last"], step["delivery"], step["hang_timeout_s"]) == (False, None, 2.5)
+    assert (spec["config"]["on_session_loss"], spec["config"]["max_attempts"]) == ("raise", 2)
+    with pytest.raises(ConfigError, match="hang_timeout_s must be above 0"):
+        endpoint(hang_timeout_s=0.0)(Gen.version)
+
+
+def test_sessions_are_exported_by_a_class_with_both_hooks_and_half_of_them_is_refused() -> None:
+    """S3"""
+
+    class Chat(ForgeActor):
+        def export_session(self, sess_id: str) -> Any: ...
+        def import_session(self, sess_id: str, state: Any) -> None: ...
+
+    class Half(ForgeActor):
+        async def import_session(self, sess_id: str, state: Any) -> None: ...
+
+    assert describe(Chat, ServiceConfig(), "service", trusted=True)["exports"] is True
+    assert describe(Gen, ServiceConfig(), "service", trusted=True)["exports"] is False
+    with pytest.raises(ConfigError, match=r"Half: it defines import_session and no export_session"):
+        Service(ServiceConfig(), Half)
+
+
 def test_options_that_cannot_hold_are_reported_together() -> None:
     """A3"""
     with pytest.raises(ConfigError, match=r"(?s)procs.*replica_max_concurrent_requests"):

@@ -29,8 +29,8 @@ from forge_client import (
     get_service,
 )
 from forge_contract.errors import Overloaded, ReplicaLost, UnknownService
-from forge_contract.messages import FAILED, OK
-from forge_contract.payload import decode, encode
+from forge_contract.messages import FAILED, OK, RAISED
+from forge_contract.payload import decode, encode, encode_exception
 from tests.client.fake_broker import Raised, Served, error_payload, serve
 
 
@@ -173,6 +173,34 @@ async def test_a_mesh_answers_with_rank_0_or_the_whole_mesh(broker: Served) -> N
     assert await parts_of(whole) == ValueMesh({"procs": 2}, ["a", "b"])
 
 
+async def test_an_error_on_one_rank_keeps_its_type_and_says_which_rank_it_was(broker: Served) -> None:
+    """A5, A12: of an actor's call, of a replica of several ranks, and of a fan-out over such."""
+    fake = broker.broker
+    fake.silent.add("predict")
+    raised = (RAISED, encode_exception(KeyError("k"), trusted=True))
+
+    async def caught(call: Any, points: list[list[int]]) -> BaseException:
+        before = len(fake.seen)
+        await broker.until(lambda _: len(fake.seen) > before)
+        (outbox,) = fake.out.values()
+        fake.parts(outbox, max(call.client.link.unanswered), points, [(OK, encode(1, trusted=True)), raised])
+        broker.turn()
+        with pytest.raises((KeyError, FanoutError)) as failed:
+            await call
+        return failed.value
+
+    actor = await Gen.options(procs=2).as_actor()
+    service = await Gen.options(procs=2).as_service()
+    mesh = await caught(actor.predict.call(1), [[0, 0], [0, 1]])
+    routed = await caught(service.predict.route(1), [[0, 0], [0, 1]])
+    fanned = await caught(service.predict.fanout(1), [[3, 0], [3, 1]])
+    assert isinstance(fanned, FanoutError)
+    assert type(mesh) is type(routed) is type(fanned.errors[3]) is KeyError
+    assert mesh.__notes__ == ["Gen-1.predict: rank 1 of 2"]
+    assert routed.__notes__ == fanned.errors[3].__notes__ == ["Gen-2.predict: rank 1 of 2"]
+    assert list(fanned.errors) == [3]
+
+
 @pytest.mark.parametrize("api", ["call", "call_one", "choose", "broadcast", "generate", "stream"])
 async def test_the_apis_of_actors_are_refused_on_services(broker: Served, api: str) -> None:
     """A4"""
@@ -200,6 +228,7 @@ async def test_a_timeout_travels_and_is_kept_by_our_own_clock_when_nobody_answer
         await service.slow.route()
     with pytest.raises(CallTimeout, match=r"within 0\.01 s"):
         await service.predict.options(timeout=0.01).route(1)
+    await broker.until(lambda fake: sum(entry[0] == "call" for entry in fake.seen) == 2)
     slow, predict = (entry[3]["timeout"] for entry in broker.broker.seen if entry[0] == "call")
     assert 0 < slow <= 0.05
     assert 0 < predict <= 0.01

@@ -287,18 +287,34 @@ async def test_shutdown_ends_the_embedded_broker_when_nobody_else_uses_it() -> N
         service.add.route()
 
 
-async def test_an_embedded_broker_that_dies_is_lost_at_once_and_the_next_use_starts_another() -> None:
-    """A1"""
+async def test_an_embedded_broker_that_is_killed_comes_back_and_nothing_is_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A1, F10: the same worker answers, with its state, what was asked before, meanwhile and afterwards."""
+    service = await Counter.as_service(7)
+    client = await current_client()
+    assert client.embedded is not None
+    assert await service.add.route() == 8
+    worker = await service.pid.route()
+    client.embedded.process.send_signal(signal.SIGSTOP)  # so that the call is still unanswered
+    before = service.double.route(1)
+    await asyncio.sleep(0)
+    client.embedded.process.kill()
+    meanwhile = service.add.route()
+    assert [await before, await meanwhile] == [2, 9]
+    assert (await service.pid.route(), await service.add.route()) == (worker, 10)
+    assert "the embedded broker ended (signal SIGKILL) and was started anew" in caplog.text
+
+
+async def test_an_embedded_broker_that_was_asked_to_end_is_lost_at_once_and_the_next_use_starts_another() -> None:
+    """A1, F9"""
     service = await Counter.as_service()
     client = await current_client()
     assert client.embedded is not None
-    worker = await service.pid.route()
-    client.embedded.process.send_signal(signal.SIGSTOP)  # so that the call is still unanswered
-    call = service.double.route(1)
-    client.embedded.process.kill()
-    with pytest.raises(forge_client.BrokerLost, match="process has ended"):
-        await call
-    os.kill(worker, signal.SIGKILL)  # it would wait for its broker for orphan_grace_s
+    client.embedded.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(client.embedded.process.wait, 10) == 0
+    with pytest.raises((forge_client.BrokerLost, ServiceStopped)):
+        await service.add.route()
     assert await (await Counter.as_service(7)).add.route() == 8
 
 

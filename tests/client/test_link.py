@@ -7,7 +7,8 @@ from typing import Any
 import msgpack
 import pytest
 
-from forge_client.link import CALLS_A_MESSAGE, ClientLink, Extras
+from forge_client.link import CALLS_A_MESSAGE, ClientLink, Declared
+from forge_client.outgoing import Extras
 from forge_contract.errors import Overloaded, VersionMismatch
 from forge_contract.framing import MAX_MESSAGES, decode, encode
 from forge_contract.messages import BROKER_NAME, CALLS, CANCEL, CONTROL, FANOUT, PARTS, REFUSE, RESULTS, WELCOME
@@ -22,6 +23,8 @@ class Heard:
         self.answers: list[Any] = []
         self.notices: list[Any] = []
         self.refusals: list[Any] = []
+        self.unsure_ones: list[Any] = []
+        self.declared: Declared | None = None
 
     def welcomed(self, fields: dict[str, Any]) -> None:
         self.welcome = fields
@@ -31,6 +34,12 @@ class Heard:
 
     def lost(self, waiters: list[Any], controls: list[Any]) -> None:
         self.lost_ones += waiters + controls
+
+    def unsure(self, waiters: list[Any]) -> None:
+        self.unsure_ones += waiters
+
+    def declares(self) -> Declared | None:
+        return self.declared
 
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Any]) -> None:
         for waiter, status, payload in zip(waiters, statuses, payloads, strict=True):
@@ -180,19 +189,6 @@ def test_a_turn_of_more_messages_than_an_envelope_may_hold_becomes_several() -> 
     envelopes = [decode(frames) for frames in link.flush(1.0)]
     assert [len(envelope.body) for envelope in envelopes] == [MAX_MESSAGES, 5]
     assert [message[2][0] for envelope in envelopes for message in envelope.body] == list(range(1, MAX_MESSAGES + 6))
-
-
-def test_a_broker_that_does_not_know_us_has_lost_everything_we_waited_for() -> None:
-    """F10: this release fails what was unanswered."""
-    link, heard = opened()
-    link.submit(7, b"x", "call")
-    link.control("status", {}, b"", "control")
-    link.flush(1.0)
-    link.receive(encode(BROKER_NAME, 1, 78, 0, 0, [[3]]), 2.0)
-    assert heard.lost_ones == ["call", "control"]
-    ((hello, _),) = link.flush(2.0)
-    envelope = decode([hello, b""])
-    assert (envelope.epoch, envelope.body[0][1]["client"]) == (2, 5)
 
 
 def test_lost_envelopes_are_sent_again_once_and_in_order() -> None:

@@ -107,6 +107,14 @@ async def test_an_explicit_session_wins(chat: Service) -> None:
     await chat.terminate_session(session_id)
 
 
+async def test_options_of_a_call_hold_inside_a_session_too(chat: Service, broker: Served) -> None:
+    """F5, S1"""
+    broker.broker.methods["say"] = lambda item, text="": [item["session"], item["priority"], 0 < item["timeout"] <= 9.0]
+    async with chat.session() as session:
+        answer = await chat.say.options(timeout=9.0, priority=-7).route()
+    assert answer == [session.session_id, -7, True]
+
+
 async def test_fan_outs_ignore_the_session_and_take_none(chat: Service, broker: Served) -> None:
     """S1"""
     async with chat.session():

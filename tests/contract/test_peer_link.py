@@ -8,7 +8,7 @@ import msgpack
 import pytest
 
 from forge_contract.errors import ForgeError, Overloaded, VersionMismatch
-from forge_contract.framing import Envelope, decode, encode
+from forge_contract.framing import Envelope, Payload, decode, encode
 from forge_contract.messages import BROKER_NAME, BYE, HELLO, PROBE, REFUSE, WELCOME, WHO
 from forge_contract.peer_link import HELLO_AGAIN_S, LinkState, PeerLink
 
@@ -57,7 +57,7 @@ def test_it_says_hello_until_it_is_welcomed_and_keeps_what_it_has_to_say() -> No
     for now in (0.0, HELLO_AGAIN_S, 2 * HELLO_AGAIN_S):
         assert link.next_deadline() == now
         (hello,) = link.sends(now)
-        assert (hello.number, hello.incarnation, hello.body) == (0, 0, [[HELLO, {"role": "client"}]])
+        assert (hello.number, hello.incarnation, hello.body) == (0, 0, [[HELLO, {"role": "client"}, []]])
         assert link.sends(now + 0.5) == []
     link.hear([WELCOME, {"x": 1}])
     assert link.told == [("welcome", {"x": 1})]
@@ -65,6 +65,21 @@ def test_it_says_hello_until_it_is_welcomed_and_keeps_what_it_has_to_say() -> No
     assert (first.number, first.incarnation, first.body) == (1, 7, [[99]])
     link.hear([WELCOME, {"x": 1}])
     assert len(link.told) == 1
+
+
+def test_a_hello_carries_the_payloads_that_its_fields_name_anew_each_time() -> None:
+    """F10: small ones packed, large ones as frames of their own; what is held may have changed since the last hello."""
+
+    class Holder(Diary):
+        def hello_payloads(self) -> list[Payload]:
+            return [b"small", [b"document", b"buffer"], str(len(self.told)).encode()]
+
+    link = Holder()
+    for held in (b"0", b"1"):
+        (hello,) = link.sends(link.next_deadline() or 0.0)
+        assert hello.body == [[HELLO, {"role": "client"}, [5, -2, 1]]]
+        assert hello.payloads.take_all([5, -2, 1]) == [b"small", [b"document", b"buffer"], held]
+        link.told.append("something")
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

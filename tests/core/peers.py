@@ -15,7 +15,7 @@ import msgpack
 from forge_broker.core import invariants
 from forge_broker.core.actions import Action, Deliver, Kill, Launch, Send, Watch
 from forge_broker.core.broker import Broker
-from forge_broker.core.events import Event, LaunchEnded, Received, Route, Watched
+from forge_broker.core.events import Event, LaunchEnded, ProcessGone, Received, Route, Watched
 from forge_broker.core.services import Service
 from forge_broker.core.state import State
 from forge_contract.config import BrokerConfig, EndpointOptions, ServiceConfig
@@ -31,11 +31,14 @@ from forge_contract.messages import (
     FAILED,
     FANOUT,
     HELLO,
+    IMPORT,
     OK,
     PARTS,
     READY,
+    REPLAY,
     REPLIES,
     RESULTS,
+    STATES,
     WELCOME,
     request_id,
 )
@@ -48,7 +51,7 @@ TRUSTED, UNTRUSTED = 0, 1  # the bench's two addresses
 class Bench:
     """One broker, its clock, its peers."""
 
-    def __init__(self, unpickle: Any = None, **config: Any) -> None:
+    def __init__(self, unpickle: Any = None, *, recovering: bool = False, **config: Any) -> None:
         self.now = 1000.0
         self.broker = Broker(
             State(
@@ -59,6 +62,7 @@ class Bench:
                 random=random.Random(1),
                 unpickle=unpickle or (lambda code: code),
                 now=self.now,
+                recovering=recovering,
             )
         )
         self.state = self.broker.state
@@ -102,17 +106,30 @@ class Bench:
         self.actions = [action for action in self.actions if not isinstance(action, kind)]
         return found
 
-    def client(self, address: int = TRUSTED, **hello: Any) -> ClientPeer:
+    def client(self, address: int = TRUSTED, *, holdings: list[bytes] | None = None, **hello: Any) -> ClientPeer:
         peer = ClientPeer(self, address, {"role": "client", "client": 0, **hello})
+        peer.holdings = holdings or []
         peer.hello()
         return peer
 
     def worker(
-        self, address: int = TRUSTED, *, gpus: tuple[str, ...] = (), launch: int = 0, **hello: Any
+        self,
+        address: int = TRUSTED,
+        *,
+        gpus: tuple[str, ...] = (),
+        launch: int = 0,
+        holdings: list[bytes] | None = None,
+        **hello: Any,
     ) -> WorkerPeer:
         peer = WorkerPeer(self, address, {"role": "worker", "gpus": list(gpus), "launch": launch, **hello})
+        peer.holdings = holdings or []
+        peer.replica_epoch = (hello.get("holds") or {}).get("epoch", 0)
         peer.hello()
         return peer
+
+    def handle_gone(self, peer: Peer) -> None:
+        """The kernel says that the process of a watched peer has ended."""
+        self.handle(ProcessGone(peer.name))
 
     def launched(self) -> list[WorkerPeer]:
         """A worker for every launch that was wanted since the last look, in order."""
@@ -154,6 +171,7 @@ class Peer:
         self.bench = bench
         self.name = f"{hello['role'][0]}-{bench.names:016x}"
         self.fields = {"host": HERE, "hostname": "h", "pid": 7, "pid_namespace": 1, "started": 5, **hello}
+        self.holdings: list[bytes] = []  # payloads of `holds` or `declares`
         self.epoch = 1
         self.sent = 0
         self.received = 0
@@ -169,7 +187,9 @@ class Peer:
         self.bench.peers[self.route] = self
 
     def hello(self) -> None:
-        self.whisper([HELLO, self.fields], incarnation=0)
+        sizes = [len(payload) for payload in self.holdings]
+        envelope = [HELLO, self.fields, sizes]
+        self.send(encode(self.name, self.epoch, 0, 0, 0, [envelope], b"".join(self.holdings)))
 
     def whisper(self, *messages: list[Any], incarnation: int = INCARNATION, epoch: int | None = None) -> None:
         """An unnumbered envelope."""
@@ -193,7 +213,7 @@ class Peer:
             self.received = envelope.number
         for message in envelope.body:
             kind = message[0]
-            sizes = {RESULTS: 4, PARTS: 5, DISPATCH: 6, ANSWER: 4, ASSIGN: 2}.get(kind)
+            sizes = {RESULTS: 4, PARTS: 5, DISPATCH: 6, ANSWER: 4, ASSIGN: 2, REPLAY: 3, IMPORT: 3}.get(kind)
             named = [] if sizes is None else message[sizes]
             payloads = envelope.payloads.take_all(named if isinstance(named, list) else [named])
             if kind == WELCOME:
@@ -290,8 +310,13 @@ class WorkerPeer(Peer):
             self.calls += zip(message[4], attempts, payloads, strict=True)
             self.seen += payloads
 
-    def ready(self) -> None:
-        self.say([READY])
+    def ready(self, played: int = 0) -> None:
+        self.say([READY, played])
+
+    def states(self, **states: bytes) -> None:
+        """Checkpoints of these sessions."""
+        sizes = [len(state) for state in states.values()]
+        self.say([STATES, list(states), sizes], packed=b"".join(states.values()))
 
     def reply(self, count: int | None = None, *, status: int = OK, payload: bytes | None = None) -> None:
         """Answer the oldest `count` calls it holds (None: all), echoing unless a payload is given."""
@@ -320,6 +345,7 @@ def spec(
     target: dict[str, Any] | None = None,
     class_name: str = "Echo",
     endpoint_options: dict[str, Any] | None = None,
+    exports: bool = False,
     **config: Any,
 ) -> dict[str, Any]:
     """What a client sends with `deploy` (PROTOCOL.md §7.1)."""
@@ -330,6 +356,7 @@ def spec(
         "target": target or {"ref": "module:Echo"},
         "path": [],
         "cwd": None,
+        "exports": exports,
         "config": ServiceConfig(**config).to_wire(),
         "endpoints": [
             {

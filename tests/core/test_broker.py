@@ -31,6 +31,7 @@ from forge_contract.messages import (
     REFUSE,
     REPLIES,
     RESULTS,
+    STOP,
     UNREADY,
     WELCOME,
     WHO,
@@ -214,11 +215,17 @@ def test_silence_is_death_elsewhere_and_nothing_here() -> None:
     for _ in range(3):
         bench.advance(1.5)
         lively.whisper([HEARTBEAT, {"oldest_s": 0.0, "lag_s": 0.0, "rss": 1}])
-    assert set(bench.state.workers) == {here.name, lively.name}
+    assert bench.state.workers[there.name].state is WorkerState.LOST
+    assert {one.name for one in bench.state.workers.values() if one.state is WorkerState.IDLE} == {
+        here.name,
+        lively.name,
+    }
     bench.handle(ProcessGone(here.name))
-    assert set(bench.state.workers) == {lively.name}
-    there.say([READY])
-    assert there.of(WHO)
+    assert set(bench.state.workers) == {there.name, lively.name}
+    there.whisper([HEARTBEAT, {"oldest_s": 0.0, "lag_s": 0.0, "rss": 1}])
+    ((_, why, grace_s, replace),) = there.of(STOP)
+    assert "silent" in why
+    assert (grace_s, replace) == (0.0, True)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,22 @@ def test_a_worker_that_leaves_while_it_loads_counts_as_a_death() -> None:
     assert isinstance(client.answers[number], StartFailed)
 
 
+def test_a_recovered_replica_is_what_it_was_but_for_its_epoch() -> None:
+    """F7: no recovery leaves a trace in what the next worker is told, in names, or in the service's configuration."""
+    bench, client, (worker,), _ = Bench().serving(1)
+    (first,) = [message[1] for message in worker.of(ASSIGN)]
+    before = client.ask("find", name="Echo")
+    for epoch in (2, 3, 4):
+        worker.die()
+        bench.advance(40.0)
+        (worker,) = bench.launched()
+        assert [message[1] for message in worker.of(ASSIGN)] == [{**first, "epoch": epoch}]
+        worker.ready()
+    after = client.ask("find", name="Echo")
+    assert {**after, "metrics": None} == {**before, "metrics": None}
+    assert repr(bench.service().replicas[0]) == "<Replica Echo/0 HEALTHY 0/10 in flight>"
+
+
 def test_a_replica_that_keeps_dying_is_unhealthy_and_comes_back() -> None:
     """F7: ever more slowly, without anyone's help."""
     bench, client, (worker,), endpoint = Bench().serving(1)
@@ -312,6 +328,7 @@ def test_a_worker_that_does_not_stop_in_time_is_killed() -> None:
 def test_a_worker_that_began_anew_is_not_killed_for_what_its_predecessor_was_told() -> None:
     """C3: the deadline is the name's, the order to stop was the old link's."""
     bench = Bench()
+    bench.advance(bench.state.config.recovery_s + 1.0)
     worker = bench.worker(host="other", holds={"service": 1})
     assert worker.of(STOP)
     worker.epoch, worker.sent, worker.received = 2, 0, 0
@@ -380,7 +397,7 @@ def test_one_lost_rank_loses_the_replica_and_the_others_are_told_to_stop() -> No
     bench, _, (zero, one), _ = Bench().serving(1, procs=2)
     zero.die()
     assert one.of(STOP)
-    one.say([READY])
+    one.say([READY, 0])
     assert bench.state.workers[one.name].state is WorkerState.DRAINING
     bench.advance(5.0)
     assert [kill.launch for kill in bench.of(Kill)] == [one.launch]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forge_broker.core import replicas, requests, workers
-from forge_broker.core.replicas import Replica, ReplicaMove, ReplicaPool, ReplicaState
+from forge_broker.core.replicas import LEAVING, Replica, ReplicaMove, ReplicaPool, ReplicaState
 from forge_contract.routing import ListPool
 
 LIMIT = 3
@@ -60,25 +60,28 @@ def test_a_move_follows_the_table_or_raises_with_the_replicas_story(state: Repli
 
 @settings(max_examples=80)
 @given(
-    st.lists(st.tuples(st.sampled_from("tgarc"), st.integers(0, 4), st.integers(1, 3)), max_size=40), st.integers(-1, 5)
+    st.lists(st.tuples(st.sampled_from("tgarco"), st.integers(0, 4), st.integers(1, 3)), max_size=40),
+    st.integers(-1, 5),
 )
 def test_the_pool_agrees_with_a_scan_whatever_comes_and_goes(steps: list[tuple[str, int, int]], after: int) -> None:
-    """R3: took, gave, admitted, removed, closed, in any order."""
+    """R3: took, gave, admitted, removed, closed, opened, in any order."""
     pool = ReplicaPool(LIMIT)
     every = [replica(idx) for idx in range(5)]
     for step, idx, count in steps:
         one = every[idx]
         if step == "a" and one.pool is None:
-            one.state, one.leaving = ReplicaState.HEALTHY, False
+            one.state = ReplicaState.HEALTHY
             pool.admit(one)
         elif one.pool is None:
             continue
         elif step == "t" and one.has_room:
             pool.took(one)
+        elif step == "o" and one.closed:
+            pool.open(one)
         elif step == "g" and one.active >= count:
             pool.gave(one, count)
         elif step == "c":
-            pool.close(one)
+            pool.close(one, LEAVING)
         elif step == "r":
             pool.remove(one)
             one.state, one.active = ReplicaState.RECOVERING, 0

@@ -51,7 +51,8 @@ class Connection:
         if not self.up or self.swallow_to_broker:
             return
         copy = [bytes(frame) for frame in frames]
-        self._deliver("to_broker", lambda: self.world.receive(self.routing_id, copy))
+        routing_id = self.routing_id
+        self._deliver("to_broker", lambda: self.world.receive(routing_id, copy))
 
     def to_peer(self, frames: list[Any]) -> None:
         if not self.up or self.swallow_to_peer:
@@ -70,24 +71,51 @@ class Connection:
                 do()
 
         self.world.clock.at(when, arrive)
+        if self.world.random.random() < self.world.duplicates:
+            self.world.faults["duplicate"] += 1
+            self.world.clock.at(when, arrive)
 
     def reconnect(self, after: float = 0.02) -> None:
         """The connection breaks; the new one has another routing id. What was in the pipes is lost, and nobody is told but the peer."""
+        self.world.faults["reconnect"] += 1
+        self.cut()
+        generation = self._generation
+        self.world.clock.at(
+            self.world.clock.now + after, lambda: self.back() if generation == self._generation else None
+        )
+
+    def cut(self) -> None:
+        """It breaks, and nobody is at the other end."""
         self.world.routes.pop(self.routing_id, None)
         self._generation += 1
         self.up = False
-        self.world.faults["reconnect"] += 1
+        if self.peer.alive and not self.peer.paused:
+            self.peer.disconnected()
 
-        def back() -> None:
-            if self.peer.alive:
-                self.routing_id = self.world.new_routing_id()
-                self.world.routes[self.routing_id] = self
-                self.up = True
-                self.swallow_to_broker = self.swallow_to_peer = False
-                self.peer.link.reconnected(self.world.clock.now)
-                self.peer.flush()
+    def lose_the_broker(self) -> None:
+        self.cut()
+        generation = self._generation
+        when = self.world.clock.now + self.world.random.random() * 0.5
+        self.world.clock.at(when, lambda: self.back() if generation == self._generation else None)
 
-        self.world.clock.at(self.world.clock.now + after, back)
+    def back(self) -> None:
+        """It is made anew, as soon as there is somebody to connect to."""
+        if not self.peer.alive:
+            return
+        if self.world.broker_is_down:
+            generation = self._generation
+            later = self.world.clock.now + 0.1
+            self.world.clock.at(later, lambda: self.back() if generation == self._generation else None)
+            return
+        self.routing_id = self.world.new_routing_id()
+        self.world.routes[self.routing_id] = self
+        self.up = True
+        self.swallow_to_broker = self.swallow_to_peer = False
+        if self.peer.paused:
+            self.peer.reconnected_meanwhile = True
+        else:
+            self.peer.link.reconnected(self.world.clock.now)
+            self.peer.flush()
 
     def half_open(self, *, to_broker: bool, seconds: float = 6.0) -> None:
         """One direction swallows everything, until ZMTP's heartbeats notice and the connection is made anew."""

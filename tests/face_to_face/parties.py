@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from forge_client.link import ClientLink, Extras
+from forge_client.link import ClientLink, Declared
+from forge_client.outgoing import Extras
 from forge_contract.config import EndpointOptions, ServiceConfig
-from forge_contract.errors import ForgeError
+from forge_contract.errors import ForgeError, OutcomeUnknown
 from forge_contract.framing import encode
-from forge_contract.messages import FAILED, HEARTBEAT
+from forge_contract.messages import FAILED, HEARTBEAT, UNTOUCHED
 from forge_contract.peer_link import LinkState, PeerLink
-from forge_worker.link import Assign, Drop, Run, Stop, WorkerLink
+from forge_worker.link import Assign, Drop, Forget, Import, Replay, Run, Stop, Welcomed, WorkerLink
 from tests.face_to_face.network import Connection
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ class Peer:
         self.world = world
         self.host = host
         self.alive = True
-        self.paused = False
+        self.paused = False  # it does nothing, and says nothing
+        self.stopped = False  # because its process is in state T
+        self.reconnected_meanwhile = False  # while it was paused
         self._held: list[list[Any]] = []
         self._wake_at: float | None = None
         self.pid = world.next_pid()
@@ -51,6 +55,9 @@ class Peer:
         self.link.receive(frames, self.world.clock.now)
         self.after_receive()
         self.flush()
+
+    def disconnected(self) -> None:
+        """Its socket's monitor says that the connection broke."""
 
     def after_receive(self) -> None:
         """Carry out what came in."""
@@ -82,12 +89,17 @@ class Peer:
             )
         self.world.clock.at(self.world.clock.now + self.world.config.heartbeat_s, self.beat)
 
-    def pause(self) -> None:
-        self.paused = True
+    def pause(self, *, stopped: bool = True) -> None:
+        """SIGSTOP. Not `stopped`: a C call that holds the GIL, so that the process runs and not even its heartbeat is heard."""
+        self.paused, self.stopped = True, stopped
 
     def resume(self) -> None:
-        self.paused = False
+        self.paused = self.stopped = False
         held, self._held = self._held, []
+        if self.reconnected_meanwhile:
+            self.reconnected_meanwhile = False
+            self.disconnected()
+            self.link.reconnected(self.world.clock.now)
         for frames in held:
             self.receive(frames)
         self.flush()
@@ -131,6 +143,8 @@ class Answer:
     def __init__(self) -> None:
         self.done = False
         self.ok = False
+        self.op = ""
+        self.asked: dict[str, Any] = {}
         self.fields: dict[str, Any] = {}
         self.payload: Any = None
 
@@ -150,10 +164,18 @@ class SimClient(Peer):
         self.notices: list[tuple[str, dict[str, Any]]] = []
         self.refusal: ForgeError | None = None
         self.lost_waiters: list[Any] = []
+        self.was_lost = False  # by a broker, or by its successor: too late for the recovery window
+        self.deeds: dict[int, dict[str, Any]] = {}  # by service: of those that end with this client
+        self.sessions: dict[str, list[Any]] = {}  # as a hello declares them
         self.beat()
         self.flush()
 
-    def deploy(self, wait: bool = True, *, kind: str = "service", endpoints: Any = None, **config: Any) -> Any:
+    def disconnected(self) -> None:
+        self.link.disconnected(self.world.clock.now)
+
+    def deploy(
+        self, wait: bool = True, *, kind: str = "service", endpoints: Any = None, exports: bool = False, **config: Any
+    ) -> Any:
         """Deploy a class with these endpoints (name → options); the description, or the Answer when not waiting."""
         listed = [
             {
@@ -171,6 +193,7 @@ class SimClient(Peer):
             "target": {"ref": "sim:Sim"},
             "endpoints": listed,
             "config": ServiceConfig(**config).to_wire(),
+            "exports": exports,
         }
         answer = self.control("deploy", {"spec": spec}, b"init")
         if not wait:
@@ -181,6 +204,7 @@ class SimClient(Peer):
 
     def control(self, op: str, fields: dict[str, Any], payload: bytes = b"") -> Answer:
         answer = Answer()
+        answer.op, answer.asked = op, fields
         self.link.control(op, fields, payload, answer)
         self.flush()
         return answer
@@ -231,6 +255,16 @@ class SimClient(Peer):
 
     def lost(self, waiters: list[Any], controls: list[Any]) -> None:
         self.lost_waiters += waiters
+        self.was_lost = True
+
+    def unsure(self, waiters: list[Any]) -> None:
+        for waiter in waiters:
+            waiter.take(FAILED, msgpack.packb(OutcomeUnknown(why="the broker died while it ran").to_wire()), False)
+
+    def declares(self) -> Declared | None:
+        if not self.deeds and not self.sessions:
+            return None
+        return Declared([*self.deeds.values()], [*self.sessions.values()], [b"init"] * len(self.deeds))
 
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Any]) -> None:
         for waiter, status, payload in zip(waiters, statuses, payloads, strict=True):
@@ -247,6 +281,22 @@ class SimClient(Peer):
     def answer(self, waiter: Any, ok: bool, fields: dict[str, Any], payload: Any) -> None:
         assert not waiter.done, "a control was answered twice"
         waiter.done, waiter.ok, waiter.fields, waiter.payload = True, ok, fields, payload
+        asked = waiter.asked
+        if waiter.op == "open_session" and ok:
+            self.sessions[asked["session"]] = [asked["service"], asked["session"], asked.get("hints") or {}, True]
+        elif waiter.op == "close_session":
+            self.sessions.pop(asked["session"], None)
+        elif waiter.op == "stop":
+            self.deeds.pop(asked["service"], None)
+        elif waiter.op == "deploy" and ok and not fields.get("detached"):
+            self.deeds[fields["service"]] = {
+                "service": fields["service"],
+                "name": fields["name"],
+                "spec": asked["spec"],
+                "endpoints": [fields["endpoints"][one["name"]] for one in asked["spec"]["endpoints"]],
+                "owner": self.link.client,
+                "trusted": self.link.trusted,
+            }
 
     def notice(self, topic: str, fields: dict[str, Any]) -> None:
         self.notices.append((topic, fields))
@@ -266,7 +316,10 @@ class SimWorker(Peer):
         self.started: list[tuple[int, int, bytes, str | None]] = []  # (request, attempt, payload, session) in order
         self.assignment: Any = None
         self.begun: tuple[str, int] | None = None
-        self._ended: dict[int, int] = {}
+        self.counts: dict[str, int] = {}  # the state of each session: how many calls of it have ended
+        self._queues: dict[str, deque[partial[None]]] = {}  # calls of a session with state run one by one
+        self._played = 0
+        self._ready = False
         self.beat()
         self.flush()
 
@@ -279,8 +332,21 @@ class SimWorker(Peer):
                 self._run(instruction)
             elif isinstance(instruction, Drop):
                 pass  # a thread: it runs to its end, and the broker does not wait for what comes of it
+            elif isinstance(instruction, Replay):
+                self.world.replays.append((self.link.name, bytes(instruction.payload)))
+                self._played += 1
+                if self._ready:
+                    self.link.ready(self._played)
+            elif isinstance(instruction, Import):
+                self.counts[instruction.session] = int(bytes(instruction.payload))
+            elif isinstance(instruction, Forget):
+                for session in instruction.sessions:
+                    self.counts.pop(session, None)
+            elif isinstance(instruction, Welcomed) and instruction.recovering:
+                for session, count in self.counts.items():
+                    self.link.states(session, b"%d" % count)
             elif isinstance(instruction, Stop):
-                self._leave(instruction.reason)
+                self._stop(instruction)
 
     def _load(self) -> None:
         if self.assignment.rank == 0 and self.assignment.world > 1:
@@ -293,20 +359,59 @@ class SimWorker(Peer):
             self.link.unready(None, failure)
             self._leave("could not start")
         else:
-            self.link.ready()
+            self._ready = True
+            self.link.ready(self._played)
         self.flush()
 
     def _run(self, run: Run) -> None:
         for request, attempt, payload, session in zip(run.ids, run.attempts, run.payloads, run.sessions, strict=True):
-            self.started.append((request, attempt, bytes(payload), session))
-            self.world.history.append((self.link.name, request, attempt))
-            seconds, status, result = self.world.actor(self, run.method, bytes(payload))
-            self._later(seconds, partial(self._finish, request, attempt, status, result))
+            start = partial(self._start, request, attempt, run.method, bytes(payload), session)
+            if session is None or not self.assignment.checkpoint_every:
+                start()
+            elif session in self._queues:
+                self._queues[session].append(start)
+            else:
+                self._queues[session] = deque()
+                start()
 
-    def _finish(self, request: int, attempt: int, status: int, payload: bytes) -> None:
+    def _start(self, request: int, attempt: int, method: int, payload: bytes, session: str | None) -> None:
+        self.started.append((request, attempt, payload, session))
+        self.world.history.append((self.link.name, request, attempt))
+        seconds, status, result = self.world.actor(self, method, payload)
+        self._later(seconds, partial(self._finish, request, attempt, status, result, session))
+
+    def _finish(self, request: int, attempt: int, status: int, payload: bytes, session: str | None) -> None:
+        queue = self._queues.get(session) if session is not None else None
+        if session is not None and queue is not None:
+            self.counts[session] = self.counts.get(session, 0) + 1
+            payload = b"%d" % self.counts[session]
+            self.link.states(session, payload)
         if self.link.running.get(request) == attempt:
             self.link.reply(request, attempt, status, payload)
             self.flush()
+        if queue:
+            queue.popleft()()
+        elif session is not None and queue is not None:
+            del self._queues[session]
+
+    def _stop(self, stop: Stop) -> None:
+        """What runs ends within the grace, what has not begun is given back."""
+        for queue in self._queues.values():
+            for start in queue:
+                request, attempt = start.args[:2]
+                if self.link.running.get(request) == attempt:
+                    self.link.reply(request, attempt, UNTOUCHED, b"")
+            queue.clear()
+        self.flush()
+        until = self.world.clock.now + stop.grace_s
+
+        def look() -> None:
+            if self.link.running and self.world.clock.now < until:
+                self._later(0.02, look)
+            else:
+                self._leave(stop.reason)
+
+        look()
 
     def _later(self, seconds: float, do: Callable[[], None]) -> None:
         def then() -> None:

@@ -248,20 +248,38 @@ def test_a_timeout_answers_at_once_and_gives_the_room_back_only_when_the_call_ha
 
 
 def test_a_busy_worker_of_this_machine_is_not_taken_for_dead() -> None:
-    """F1: where the kernel tells, silence alone is *busy*."""
+    """F1: where the kernel tells, silence alone is *busy*: here a C call holds the GIL for a minute, and not even heartbeats come."""
     world = World()
     world.actor = lambda worker, method, payload: (0.1, OK, payload)
     client = world.client()
     service = client.deploy(num_replicas=1)
     worker = world.workers_of("Sim/0")[0]
-    worker.pause()
+    worker.pause(stopped=False)
     call = client.call(service, payload=b"wait")
     world.run_for(60.0)
     assert not call.done
+    assert worker.alive
     worker.resume()
     world.run_until(lambda: call.done)
     assert call.replies == 1
-    assert len(world.history) == 1
+    assert world.starts() == [(request_id(client.link.client, 1), 1)]
+
+
+def test_a_stopped_worker_of_this_machine_is_killed_and_its_calls_run_elsewhere() -> None:
+    """F1: SIGSTOP for longer than `liveness` heartbeats is no way to be busy. A shorter stop is forgiven."""
+    world = World(heartbeat_s=0.5, liveness=10)
+    world.actor = lambda worker, method, payload: (0.1, OK, payload)
+    client = world.client()
+    service = client.deploy(num_replicas=2)
+    worker = world.workers_of("Sim/0")[0]
+    worker.pause()
+    calls = [client.call(service, payload=b"move"), client.call(service, payload=b"stay")]
+    world.run_for(3.0)
+    assert world.workers_of("Sim/0") == [worker]
+    world.run_until(lambda: all(call.done for call in calls), within_s=8.0)
+    assert not worker.alive
+    assert [call.payload for call in calls] == [b"move", b"stay"]
+    assert len(world.history) == 2  # the stopped one never began its call
 
 
 def test_a_silent_worker_of_another_host_is_dead_after_liveness_heartbeats() -> None:

@@ -13,13 +13,14 @@ broker's invariants are checked. Nothing here knows what a test is about:
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from forge_broker.core import invariants
-from forge_broker.core.actions import Action, Deliver, Exit, Kill, KillPeer, Launch, Note, Send, Watch
+from forge_broker.core.actions import Action, Deliver, Exit, Kill, KillPeer, Launch, Look, Note, Send, Watch
 from forge_broker.core.broker import Broker
-from forge_broker.core.events import Event, LaunchEnded, ProcessGone, Received, Terminate, Unroutable, Watched
+from forge_broker.core.events import Event, LaunchEnded, ProcessGone, Received, Stopped, Terminate, Unroutable, Watched
 from forge_broker.core.state import State
 from forge_contract.config import BrokerConfig
 from forge_contract.messages import FAILED, OK, RAISED
@@ -41,9 +42,12 @@ class World:
         self.load_s = 0.1
         self.load_failure: bytes | None = None
         self.launch_s = 0.05
-        self.faults: dict[str, int] = {"reconnect": 0, "half_open": 0}
+        self.duplicates = 0.0  # the share of envelopes that arrive twice
+        self.faults: Counter[str] = Counter()
         self.notes: list[Note] = []
         self.history: list[tuple[str, int, int]] = []  # (worker, request, attempt) as calls start
+        self.replays: list[tuple[str, bytes]] = []  # (worker, arguments) as they are played
+        self.states_lost = False  # a worker died with its sessions' states as no broker had them
         self.exited = False
         self.routes: dict[bytes, Connection] = {}
         self.peers: dict[str, Peer] = {}
@@ -57,17 +61,42 @@ class World:
         self._routing_ids = 0
         self._waiting: dict[str, None] = {}
         self._tick_at: float | None = None
-        self.broker = Broker(
+        self._seed = seed
+        self._incarnation = 6
+        self.broker_is_down = False
+        self.broker = self._new_broker(recovering=False)
+
+    def _new_broker(self, *, recovering: bool) -> Broker:
+        self._incarnation += 1
+        return Broker(
             State(
                 self.config,
-                incarnation=7,
+                incarnation=self._incarnation,
                 host=HERE,
                 trusted=[True],
-                random=random.Random(seed + 1),
+                random=random.Random(self._seed + self._incarnation),
                 unpickle=lambda code: None,
                 now=self.clock.now,
+                recovering=recovering,
             )
         )
+
+    def kill_broker(self, back_after_s: float = 0.5) -> None:
+        """SIGKILL; a new one is started at the same address. It knows nothing, and none of the processes is its child."""
+        self.faults["broker killed"] += 1
+        self.broker_is_down = True
+        self.launched.clear()
+        self._waiting.clear()
+        for peer in list(self.peers.values()):
+            peer.connection.lose_the_broker()
+
+        def started() -> None:
+            self.broker_is_down = False
+            self.broker = self._new_broker(recovering=True)
+            self._tick_at = None
+            self._schedule_tick()
+
+        self.clock.at(self.clock.now + back_after_s, started)
 
     # Making things.
 
@@ -98,6 +127,8 @@ class World:
         self.event(Received((ADDRESS, routing_id), frames))
 
     def event(self, event: Event) -> None:
+        if self.broker_is_down:
+            return
         self._carry_out(self.broker.handle(event, self.clock.now))
         self._carry_out(self.broker.tick(self.clock.now))
         self._send_waiting()
@@ -112,6 +143,8 @@ class World:
 
     def _tick(self) -> None:
         self._tick_at = None
+        if self.broker_is_down:
+            return
         self._carry_out(self.broker.tick(self.clock.now))
         self._send_waiting()
         invariants.check(self.broker)
@@ -145,10 +178,17 @@ class World:
             elif isinstance(action, Watch):
                 if self.watch and action.host == HERE:
                     self._carry_out(self.broker.handle(Watched(action.name), self.clock.now))
+                    watched = self.peers.get(action.name)
+                    if watched is not None and not watched.alive:
+                        self.process_ended(watched)
             elif isinstance(action, Kill):
                 self._kill(action.launch)
             elif isinstance(action, KillPeer):
                 self.peers[action.name].die()
+            elif isinstance(action, Look):
+                peer = self.peers.get(action.name)
+                if peer is not None and peer.alive and peer.stopped:
+                    self._carry_out(self.broker.handle(Stopped(action.name), self.clock.now))
             elif isinstance(action, Exit):
                 self.exited = True
 
@@ -170,8 +210,14 @@ class World:
 
     def process_ended(self, peer: Peer) -> None:
         """The kernel tells: the scaler for its children, a pidfd for the others of this host, nobody for other hosts."""
-        if isinstance(peer, SimWorker) and peer.launch:
-            self.launched.pop(peer.launch, None)
+        if (
+            isinstance(peer, SimWorker)
+            and peer.counts
+            and (self.broker_is_down or self.broker.state.window is not None)
+        ):
+            self.states_lost = True
+        if isinstance(peer, SimWorker) and self.launched.get(peer.launch) is peer:
+            del self.launched[peer.launch]
             launch = peer.launch
             self.clock.at(self.clock.now, lambda: self.event(LaunchEnded(launch, "signal SIGKILL", ["last line"])))
         elif self.watch and peer.host == HERE:

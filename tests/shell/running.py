@@ -90,7 +90,7 @@ class RawPeer:
         return decode(self.socket.recv_multipart())
 
     def greet(self, **fields: Any) -> dict[str, Any]:
-        self.send(0, [[HELLO, self.hello_fields(**fields)]])
+        self.send(0, [[HELLO, self.hello_fields(**fields), []]])
         envelope = self.receive()
         assert envelope.body[0][0] == WELCOME, envelope.body
         return dict(envelope.body[0][1])

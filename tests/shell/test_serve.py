@@ -136,7 +136,7 @@ def test_a_hello_without_its_fields_is_refused_naming_them(tmp_path: Path) -> No
         BrokerProcess(bind=[private_address(tmp_path)], log_dir=str(tmp_path / "logs")) as broker,
         RawPeer(broker.address) as peer,
     ):
-        peer.send(0, [[HELLO, {"role": "worker"}]])
+        peer.send(0, [[HELLO, {"role": "worker"}, []]])
         refusal = peer.receive().body[0]
         assert refusal[0] == REFUSE
         for field in ("host", "pid", "gpus"):

@@ -25,10 +25,13 @@ from forge_contract.messages import (
     DROP,
     HEARTBEAT,
     HELLO,
+    IMPORT,
     PROBE,
     READY,
     REFUSE,
+    REPLAY,
     REPLIES,
+    STATES,
     STOP,
     UNREADY,
     WELCOME,
@@ -39,6 +42,7 @@ from forge_contract.messages import (
 )
 from forge_contract.payload import decode as decode_value
 from forge_contract.payload import decode_exception, encode_call
+from forge_contract.payload import encode as encode_value
 
 HERE = Path(__file__).parent
 BOUND_S = 20.0
@@ -53,6 +57,7 @@ class FakeBroker:
         self.welcome = {"trusted": True, "heartbeat_s": 0.05, "orphan_grace_s": 5.0, **welcome}
         self.refuse = refuse
         self.hellos: list[dict[str, Any]] = []
+        self.held: list[list[Payload]] = []  # what each hello carried
         self.beats: list[dict[str, Any]] = []
         self.said: list[tuple[list[Any], list[Payload]]] = []
         self.envelopes = 0
@@ -104,8 +109,18 @@ class FakeBroker:
     def drop(self, *sequences: int) -> None:
         self.send([DROP, [request_id(1, sequence) for sequence in sequences]])
 
-    def stop(self, grace_s: float = 2.0) -> None:
-        self.send([STOP, "stopped by the test", grace_s])
+    def stop(self, grace_s: float = 2.0, *, replace: bool = True) -> None:
+        self.send([STOP, "stopped by the test", grace_s, replace])
+
+    def replay(self, method: int, *args: Any) -> None:
+        self._with_payload([REPLAY, method, True], encode_call(args, {}, trusted=True, where="test"))
+
+    def import_state(self, session: str, state: Any) -> None:
+        self._with_payload([IMPORT, session, True], encode_value(state, trusted=True))
+
+    def _with_payload(self, message: list[Any], payload: Payload) -> None:
+        size = len(payload) if isinstance(payload, bytes) else -len(payload)
+        self.send([*message, size], payloads=(payload,))
 
     def ask_who(self) -> None:
         assert self._channel is not None
@@ -130,6 +145,11 @@ class FakeBroker:
             for request, status, payload in zip(ids, spread(statuses, len(ids)), payloads, strict=True):
                 found[sequence_of(request)] = (status, read_reply(status, payload))
         return found
+
+    def state(self, bound_s: float = BOUND_S) -> tuple[str, Any]:
+        """The next checkpoint: its session, its state."""
+        (_, (session,), _), (payload,) = self.expect(STATES, bound_s)
+        return session, decode_value(payload, trusted=True)
 
     def until(self, holds: Callable[[], bool], what: str, bound_s: float = BOUND_S) -> None:
         deadline = time.monotonic() + bound_s
@@ -158,6 +178,7 @@ class FakeBroker:
             if message[0] == HELLO:
                 self._identity = identity
                 self.hellos.append(message[1])
+                self.held.append(envelope.payloads.take_all(message[2]))
                 self._channel = Channel(envelope.epoch)
                 answer = [WELCOME, self.welcome] if self.refuse is None else [REFUSE, *self.refuse]
                 self._reply_to(identity, envelope, [answer])
@@ -175,6 +196,8 @@ class FakeBroker:
         sizes: list[int] = []
         if message[0] == REPLIES:
             sizes = message[5]
+        elif message[0] == STATES:
+            sizes = message[2]
         elif message[0] == UNREADY and message[2]:
             sizes = [message[2]]
         self.said.append((message, envelope.payloads.take_all(sizes)))
@@ -208,6 +231,11 @@ def assignment_fields(target: dict[str, Any], endpoints: tuple[Any, ...]) -> dic
         "concurrency": 10,
         "serial": False,
         "max_payload_bytes": 1 << 20,
+        "checkpoint_every": 0,
+        "health_poll_rate": 0.01,
+        "fatal_errors": [],
+        "kept_reply_bytes": 1 << 20,
+        "deed": {"service": 1, "name": "sample"},
     }
 
 
@@ -241,8 +269,8 @@ def start(broker: FakeBroker, actor: str | dict[str, Any], *endpoints: Any, **fi
     broker.expect(READY)
 
 
-def goodbye(broker: FakeBroker, process: subprocess.Popen[bytes], bound_s: float = BOUND_S) -> str:
-    """The reason of the worker's BYE; and it has exited by itself, with 0."""
+def goodbye(broker: FakeBroker, process: subprocess.Popen[bytes], bound_s: float = BOUND_S, code: int = 0) -> str:
+    """The reason of the worker's BYE; and it has exited by itself, with this code."""
     (_, reason), _ = broker.expect(BYE, bound_s)
     deadline = time.monotonic() + bound_s
 
@@ -252,5 +280,5 @@ def goodbye(broker: FakeBroker, process: subprocess.Popen[bytes], bound_s: float
     while not ended():
         assert time.monotonic() < deadline, "the worker said BYE and stays"
         broker.until(ended, "end of the process", max(0.01, deadline - time.monotonic()))
-    assert process.returncode == 0
+    assert process.returncode == code
     return str(reason)

@@ -14,19 +14,36 @@ from forge_contract.messages import (
     BYE,
     DISPATCH,
     DROP,
+    FORGET,
     HEARTBEAT,
     HELLO,
+    IMPORT,
     MASTER,
     PROBE,
     READY,
+    REPLAY,
     REPLIES,
+    SETTLED,
+    STATES,
     STOP,
     UNREADY,
     WELCOME,
     WHO,
 )
 from forge_contract.peer_link import LinkState
-from forge_worker.link import Assign, Begin, Drop, Refused, Run, Stop, Welcomed, WorkerLink
+from forge_worker.link import (
+    Assign,
+    Begin,
+    Drop,
+    Forget,
+    Import,
+    Refused,
+    Replay,
+    Run,
+    Stop,
+    Welcomed,
+    WorkerLink,
+)
 from tests.worker.fake_broker import assignment_fields
 
 INCARNATION = 5
@@ -56,6 +73,14 @@ class Talk:
     def sent(self, now: float = 0.0) -> list[Envelope]:
         return [decode(frames) for frames in self.link.flush(now)]
 
+    def lost_and_welcomed(self, *, recovering: bool, now: float = 0.0) -> Envelope:
+        """Another broker asks who we are, hears our hello, and welcomes us; returns the hello."""
+        self.unnumbered([WHO], now=now)
+        (hello,) = self.sent(now)
+        self.epoch, self.number = self.epoch + 1, 0
+        self.unnumbered([WELCOME, {"trusted": True, "recovering": recovering}], now=now)
+        return hello
+
     def assigned(self, **fields: Any) -> Talk:
         self.sent()
         self.unnumbered([WELCOME, {"trusted": True}])
@@ -81,6 +106,7 @@ def test_a_hello_says_who_and_what_it_may_use() -> None:
                 "launch": 3,
                 "holds": None,
             },
+            [],
         ]
     ]
 
@@ -104,7 +130,7 @@ def test_an_assignment_becomes_one_instruction_and_the_life_is_answered_in_order
     (envelope,) = talk.sent()
     assert envelope.number == 1
     assert envelope.ack == 2
-    assert envelope.body == [[MASTER, "10.0.0.5", 40111], [READY]]
+    assert envelope.body == [[MASTER, "10.0.0.5", 40111], [READY, 0]]
 
 
 def test_replies_of_one_turn_are_one_message_of_short_columns() -> None:
@@ -164,29 +190,6 @@ def test_a_dispatch_that_comes_twice_runs_once() -> None:
     assert [type(one) for one in talk.link.take()] == [Run]
 
 
-def test_a_broker_that_does_not_know_us_is_told_what_we_hold() -> None:
-    """W4: who are you; F10's fields."""
-    talk = Talk().assigned()
-    talk.say([DISPATCH, 1, 0, True, [1, 2], 1, [0, 0], {}])
-    talk.link.reply(1, 1, 0, b"")
-    talk.unnumbered([WHO], now=3.0)
-    assert talk.link.state is LinkState.GREETING
-    (hello,) = talk.sent(3.0)
-    assert hello.epoch == 2
-    holds = hello.body[0][1]["holds"]
-    assert holds["running"] == [[2, 1]]
-    assert {name: holds[name] for name in ("service", "replica", "epoch", "rank")} == {
-        "service": 1,
-        "replica": 0,
-        "epoch": 1,
-        "rank": 0,
-    }
-    talk.epoch, talk.number = 2, 0
-    talk.unnumbered([WELCOME, {}], now=3.0)
-    talk.say([STOP, "unknown replica", 0.5], now=3.0)
-    assert talk.link.take()[-1] == Stop("unknown replica", 0.5)
-
-
 def test_a_reply_not_yet_sent_outlives_a_new_epoch() -> None:
     """W4: what the turn had gathered is not lost with the old channel."""
     talk = Talk().assigned()
@@ -223,7 +226,12 @@ def test_a_malformed_message_is_counted_and_nothing_else_happens() -> None:
         [DROP],
         [DROP, 5],
         [BEGIN, "h", float("inf")],
-        [STOP, "x", "soon"],
+        [STOP, "x", "soon", True],
+        [STOP, "x", 1.0],
+        [SETTLED],
+        [REPLAY, 44, True, 0],
+        [IMPORT, "s", True],
+        [FORGET, 5],
         [99],
     ]
     for body in malformed:
@@ -231,8 +239,8 @@ def test_a_malformed_message_is_counted_and_nothing_else_happens() -> None:
     talk.say([BEGIN, "h", 1], payloads=(b"nobody names these",))
     assert talk.link.refused_messages == len(malformed) + 1
     assert talk.link.running == {}
-    talk.say([STOP, "the link still works", 1.0])
-    assert talk.link.take()[-1] == Stop("the link still works", 1.0)
+    talk.say([STOP, "the link still works", 1.0, False])
+    assert talk.link.take()[-1] == Stop("the link still works", 1.0, replace=False)
 
 
 def test_an_assignment_that_cannot_be_read_is_answered_and_the_worker_leaves() -> None:
@@ -265,6 +273,142 @@ def test_replies_leave_before_the_goodbye() -> None:
     talk.link.bye("stopped")
     (envelope,) = talk.sent()
     assert [message[0] for message in envelope.body] == [REPLIES, BYE]
+
+
+def test_a_broker_that_does_not_know_us_is_told_what_we_hold() -> None:
+    """F10: the deed, where we are in our life, what runs, whose sessions are here; and the constructor's arguments."""
+    talk = Talk().assigned()
+    talk.link.ready()
+    talk.say([DISPATCH, 1, 0, True, [1, 2], 1, [0, 0], {"session": ["s", None]}])
+    talk.say([IMPORT, "t", True, 0])
+    talk.link.reply(1, 1, 0, b"")
+    talk.sent()
+    hello = talk.lost_and_welcomed(recovering=False)
+    assert (hello.number, hello.epoch) == (0, 2)
+    _, fields, sizes = hello.body[0]
+    assert fields["holds"] == {
+        "deed": {"service": 1, "name": "sample"},
+        "replica": 0,
+        "epoch": 1,
+        "rank": 0,
+        "ready": True,
+        "running": [[2, 1]],
+        "sessions": ["s", "t"],
+    }
+    assert hello.payloads.take_all(sizes) == [b"aa"]
+    talk.say([STOP, "unknown replica", 0.5, True])
+    assert talk.link.take()[-1] == Stop("unknown replica", 0.5, replace=True)
+
+
+def test_kept_replies_are_sent_again_in_the_recovery_window_before_anything_new() -> None:
+    """F10: also those the dead broker had acknowledged; as one message, since they are one epoch's."""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2, 3, 4], [1, 1, 2, 1], [0, 0, 0, 0], {}])
+    talk.link.reply(1, 1, 0, b"one")
+    talk.link.reply(2, 1, 1, [b"document", b"buffer"])
+    talk.sent()
+    talk.link.reply(3, 2, 0, b"three")
+    talk.sent()
+    talk.unnumbered()  # an ack of nothing new; what follows is one of all
+    talk.link.receive(encode(BROKER_NAME, 1, INCARNATION, 0, 2, []), 0.0)
+    talk.link.reply(4, 1, 0, b"four")
+    talk.link.states("s", b"state")
+    talk.lost_and_welcomed(recovering=True)
+    assert talk.link.running == {}
+    again, new = talk.sent()
+    assert (again.number, new.number) == (1, 2)
+    assert again.body == [[REPLIES, 1, [1, 2, 3], [1, 1, 2], [0, 1, 0], [3, -2, 5]]]
+    assert again.payloads.take_all([3, -2, 5]) == [b"one", [b"document", b"buffer"], b"three"]
+    assert new.body == [[REPLIES, 1, [4], 1, 0, [4]], [STATES, ["s"], [5]]]
+    assert new.payloads.take_all([4, 5]) == [b"four", b"state"]
+    (welcomed,) = [one for one in talk.link.take() if isinstance(one, Welcomed)]
+    assert welcomed.recovering
+
+
+def test_settled_replies_are_kept_no_longer() -> None:
+    """F10: up to the envelope named, and those sent again under the number that they have now."""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2, 3], 1, [0, 0, 0], {}])
+    for request in (1, 2, 3):
+        talk.link.reply(request, 1, 0, b"x")
+        talk.sent()
+    talk.say([SETTLED, 2])
+    talk.lost_and_welcomed(recovering=True)
+    (again,) = talk.sent()
+    assert again.body == [[REPLIES, 1, [3], 1, 0, [1]]]
+    assert talk.link.kept.bytes > 0
+    talk.say([SETTLED, 1])
+    assert talk.link.kept.bytes == 0
+    talk.lost_and_welcomed(recovering=True)
+    assert talk.sent() == []
+
+
+def test_kept_replies_are_bounded_and_the_oldest_go_first() -> None:
+    """F10, W8"""
+    talk = Talk().assigned(kept_reply_bytes=1000)
+    talk.say([DISPATCH, 1, 0, True, [1, 2, 3], 1, [0, 0, 0], {}])
+    for request in (1, 2, 3):
+        talk.link.reply(request, 1, 0, bytes(400))
+        talk.sent()
+        assert talk.link.kept.bytes <= 1000
+    talk.lost_and_welcomed(recovering=True)
+    (again,) = talk.sent()
+    assert again.body[0][2] == [2, 3]
+
+
+def test_a_broker_that_does_not_recover_hears_none_of_it() -> None:
+    """F10: it says STOP by itself."""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1], 1, [0], {}])
+    talk.link.reply(1, 1, 0, b"x")
+    talk.sent()
+    talk.lost_and_welcomed(recovering=False)
+    assert talk.sent() == []
+    assert talk.link.kept.bytes == 0
+
+
+def test_checkpoints_leave_behind_the_replies_they_include() -> None:
+    """S3: in one envelope, and of two states of a session the later."""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2], 1, [0, 0], {"session": "s"}])
+    talk.link.states("s", b"after one")
+    talk.link.reply(1, 1, 0, b"x")
+    talk.link.reply(2, 1, 0, b"y")
+    talk.link.states("s", b"after two")
+    (envelope,) = talk.sent()
+    assert envelope.body == [[REPLIES, 1, [1, 2], 1, 0, [1, 1]], [STATES, ["s"], [9]]]
+    assert envelope.payloads.take_all([1, 1, 9]) == [b"x", b"y", b"after two"]
+
+
+def test_what_breaks_a_worker_leaves_behind_its_replies() -> None:
+    """F6: whoever raised it has it, before the replica is lost with all it runs."""
+    talk = Talk().assigned()
+    talk.link.ready()
+    talk.say([DISPATCH, 1, 0, True, [1], 1, [0], {}])
+    talk.link.unready(None, b"exception")
+    talk.link.reply(1, 1, 1, b"exc")
+    (envelope,) = talk.sent()
+    assert envelope.body == [[READY, 0], [REPLIES, 1, [1], 1, 1, [3]], [UNREADY, None, 9]]
+    assert envelope.payloads.take_all([3, 9]) == [b"exc", b"exception"]
+
+
+def test_replays_states_and_ends_of_sessions_are_instructions() -> None:
+    """A11, S3"""
+    talk = Talk().assigned()
+    talk.say([REPLAY, 1, True, 2], [IMPORT, "s", False, 3], [FORGET, ["t"]], payloads=(b"rr", b"sss"))
+    assert talk.link.take() == [Replay(1, True, b"rr"), Import("s", False, b"sss"), Forget(["t"])]
+    talk.link.ready(1)
+    (envelope,) = talk.sent()
+    assert envelope.body == [[READY, 1]]
+
+
+def test_sessions_are_remembered_until_they_are_forgotten() -> None:
+    """F10: with hooks or without."""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1], 1, [0], {"session": "a"}])
+    talk.say([DISPATCH, 1, 0, True, [2, 3], 1, [0, 0], {"session": ["b", None]}])
+    talk.say([FORGET, ["a", "never seen"]])
+    assert talk.link.sessions == {"b"}
 
 
 def test_a_refusal_is_an_instruction_and_the_link_is_closed() -> None:

@@ -132,3 +132,15 @@ def test_a_broker_that_refuses_ends_the_supervisor(tmp_path: Path) -> None:
         lines = process.stderr.read().decode().splitlines()
         assert len(lines) == 1
         assert "protocol 2" in lines[0]
+
+
+def test_a_broker_that_wants_no_worker_any_more_ends_the_supervisor(broker: FakeBroker) -> None:
+    """F9: with 0, and without another child that would wait for a broker that is gone."""
+    with supervisor(broker.address) as process:
+        hellos(broker, 1)
+        broker.stop(replace=False)
+        broker.until(lambda: process.poll() is not None, "end of the supervisor")
+        assert process.returncode == 0
+        assert len(broker.hellos) == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == b""

@@ -1,0 +1,74 @@
+"""What a broker that comes back learns in its recovery window (F10): who says to run or to have run what, and what it was asked meanwhile.
+
+`rebuild` fills it and carries it out when the window ends; `dispatch` asks it what became of a call that is sent again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from forge_broker.core.clients import Client
+from forge_broker.core.replicas import Replica
+from forge_broker.core.workers import Worker
+from forge_contract.framing import Payload
+from forge_contract.messages import Message
+
+Part = tuple[int, Payload, bool]
+"""Status, payload, trusted."""
+
+
+class Claim:
+    """One attempt of a request, as the ranks of one replica tell of it."""
+
+    __slots__ = ("attempt", "parts", "replica", "reserved", "running")
+
+    def __init__(self, replica: Replica, attempt: int) -> None:
+        self.replica = replica
+        self.attempt = attempt
+        self.running: dict[int, Worker] = {}  # by rank
+        self.parts: dict[int, Part] = {}  # of ranks that have ended it
+        self.reserved = False  # its room is taken already
+
+
+class Asked:
+    """A message that came in the window, to be answered after it."""
+
+    __slots__ = ("arrived", "client", "message", "payloads")
+
+    def __init__(self, client: Client, message: Message, payloads: list[Payload], arrived: float) -> None:
+        self.client = client
+        self.message = message
+        self.payloads = payloads
+        self.arrived = arrived  # seconds on the broker's clock
+
+
+class Declared(NamedTuple):
+    """A session, as its client says."""
+
+    client: Client
+    service: int
+    session: str
+    hints: dict[str, Any]
+    used: bool  # a call was made in it
+
+
+class Window:
+    """`until`: seconds on the broker's clock."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+        self.claims: dict[int, Claim] = {}  # by request
+        self.homes: dict[tuple[int, str], Replica] = {}  # (service, session) → where it lives
+        self.states: dict[tuple[int, str], tuple[Replica, Payload, bool]] = {}  # their checkpoints, with the stamp
+        self.sessions: list[Declared] = []
+        self.owners: dict[int, int] = {}  # service → the client id it ends with, 0: none
+        self.declared: dict[int, Client] = {}  # service → its owner, come back
+        self.asked: list[Asked] = []
+        self.asked_bytes = 0
+
+    def claim(self, request: int, replica: Replica, attempt: int) -> Claim | None:
+        """The claim of this attempt; None when a later attempt is known."""
+        found = self.claims.get(request)
+        if found is None or found.attempt < attempt:
+            found = self.claims[request] = Claim(replica, attempt)
+        return found if found.attempt == attempt and found.replica is replica else None

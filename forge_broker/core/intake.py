@@ -1,0 +1,255 @@
+"""Calls as they come from clients: checked, entered in the books, and put where they wait or handed to `dispatch`.
+
+Whole columns at a time where there can be many (C2); the queues are pumped once per message, after it was taken in whole (B1).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from forge_broker.core.answers import Answers
+from forge_broker.core.claims import Claim
+from forge_broker.core.clients import Client
+from forge_broker.core.columns import fill, read_calls
+from forge_broker.core.deadlines import Kind
+from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.requests import Gather, Request
+from forge_broker.core.returns import Returns
+from forge_broker.core.services import Endpoint, Service
+from forge_broker.core.state import State
+from forge_contract.errors import (
+    BadCall,
+    ForgeError,
+    OutcomeUnknown,
+    Overloaded,
+    SessionLost,
+    UnknownService,
+    UnknownSession,
+)
+from forge_contract.framing import Payloads, weigh
+from forge_contract.messages import DROPPED, request_id, sequence_of
+
+PRUNE_FROM: Final = 10_000  # deadlines; below it, looking for outdated ones is not worth it
+
+
+class Intake:
+    def __init__(self, state: State, answers: Answers, returns: Returns, dispatch: Dispatch) -> None:
+        self._state = state
+        self._answers = answers
+        self._returns = returns
+        self._dispatch = dispatch
+        self._prune_at = PRUNE_FROM
+
+    def calls(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
+        """CALLS: accept each item, then see who has room."""
+        endpoint_id, sequences, sizes, columns = read_calls(message)
+        taken = payloads.take_all(sizes)
+        state = self._state
+        endpoint = state.endpoints.get(endpoint_id)
+        error = self._refusal(client, endpoint)
+        if endpoint is None or error is not None:
+            for sequence in sequences:
+                self._answers.reject(
+                    client, sequence, error or UnknownService(name=f"of endpoint {endpoint_id}", known=[])
+                )
+            return
+        base = request_id(client.id, 0)
+        calls = client.calls
+        queue = endpoint.queue
+        service = endpoint.service
+        timeout = columns.get("timeout")
+        in_order = "priority" not in columns  # else a later item of this envelope may have to come first
+        accepted = len(calls)
+        held = 0
+        stateless: list[Request] = []
+        claimed: list[tuple[Request, Claim]] = []
+        for at, (sequence, payload) in enumerate(zip(sequences, taken, strict=True)):
+            size = len(payload) if type(payload) is bytes else weigh(payload)
+            key = base + sequence
+            if key in calls:
+                state.counters["reused_ids"] += 1
+                continue
+            request = Request(key, client, endpoint, payload, size, now)
+            if columns:
+                fill(request, columns, at)
+                if request.rank is not None and not 0 <= request.rank < endpoint.service.config.world:
+                    why = f"rank {request.rank} of a mesh of {endpoint.service.config.world}"
+                    self._answers.reject(client, sequence, BadCall(endpoint=endpoint.full_name, why=why))
+                    continue
+                if timeout is not None:
+                    self._set_deadline(request, timeout[at] if isinstance(timeout, list) else timeout, now)
+            if "again" in columns and (claim := state.claims.pop(key, None)) is not None:
+                claimed.append((request, claim))
+            elif "again" in columns and endpoint.at_most_once:
+                why = "the broker died, and nobody says that it ran"
+                self._answers.reject(client, sequence, OutcomeUnknown(endpoint=endpoint.full_name, why=why))
+                continue
+            elif request.session is None:
+                stateless.append(request)
+            elif not self._push_session(request, now):
+                continue
+            calls[key] = request
+            held += size
+        client.accepted += len(calls) - accepted
+        client.held_bytes += held
+        state.held_bytes += held
+        for request, claim in claimed:
+            self._reclaim(request, claim, now)
+        if stateless:
+            routed = 0
+            if in_order and not service.ready and not queue.length:
+                routed = self._dispatch.route_all(
+                    stateless, endpoint, now
+                )  # nobody waits: what `pump` would do, at once
+            self._enqueue(stateless[routed:], endpoint, now)
+        self._dispatch.pump(service, now)
+
+    def _reclaim(self, request: Request, claim: Claim, now: float) -> None:
+        """A call that was sent to our predecessor, and that a replica runs or has ended (F10): it is not run again."""
+        replica = claim.replica
+        wanted = [request.rank] if request.rank is not None else list(range(len(replica.ranks)))
+        request.attempt = claim.attempt
+        request.started_at = now
+        if len(replica.ranks) > 1:
+            request.parts = {rank: part for rank, part in claim.parts.items() if rank in wanted}
+        if all(rank in claim.parts for rank in wanted):
+            status, payload, trusted = claim.parts[wanted[0]]
+            if request.parts is not None or status == DROPPED:
+                self._dispatch.ended(request, replica, status, payload, trusted)
+            else:
+                self._answers.answer(request, status, payload, trusted)
+        elif claim.reserved and all(rank in claim.parts or rank in claim.running for rank in wanted):
+            request.holder = replica
+            self._state.ledger.held[replica.key][request.id] = request
+            claim.reserved = False
+        else:
+            # It may have run in part; the replica is gone, and with it what the others knew.
+            request.holder = replica
+            self._returns.take_back(replica, [request], "it did not come back to the broker", now, lost=True)
+        if claim.reserved and replica.pool is not None:
+            replica.pool.gave(replica, 1)
+
+    def _enqueue(self, requests: list[Request], endpoint: Endpoint, now: float) -> None:
+        """Into the endpoint's queue, as many as its limit allows."""
+        queue = endpoint.queue
+        limit = endpoint.service.config.max_queued_requests
+        for request in requests:
+            if queue.length < limit or self._make_room(endpoint, now):
+                queue.push(request)
+            else:
+                self._answers.fail(request, self._answers.overloaded(endpoint))
+        endpoint.service.wake(queue)
+
+    def fanout(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
+        """FANOUT: the call goes to every replica that is healthy now, once, and nowhere else (A5)."""
+        endpoint_id, (sequence,), (size,), columns = read_calls(
+            [message[0], message[1], [message[2]], [message[3]], message[4]] if len(message) == 5 else message
+        )
+        payload = payloads.take(size)
+        state = self._state
+        endpoint = state.endpoints.get(endpoint_id)
+        error = self._refusal(client, endpoint)
+        key = request_id(client.id, sequence)
+        if endpoint is None or error is not None:
+            self._answers.reject(client, sequence, error or UnknownService(name=f"of endpoint {endpoint_id}", known=[]))
+            return
+        if key in client.calls:
+            state.counters["reused_ids"] += 1
+            return
+        service = endpoint.service
+        if any(replica.parked.length >= service.config.max_queued_requests for replica in service.pool):
+            self._answers.reject(client, sequence, self._answers.overloaded(endpoint))
+            return
+        size = len(payload) if type(payload) is bytes else weigh(payload)
+        gather = Gather(key, client, endpoint, payload, size, now)
+        service.open_replays += endpoint.replay_last
+        client.calls[key] = gather
+        client.accepted += 1
+        client.held_bytes += size
+        state.held_bytes += size
+        timeout = columns.get("timeout")
+        self._set_deadline(gather, timeout[0] if isinstance(timeout, list) else timeout, now)
+        for replica in service.pool:
+            child = Request(key, client, endpoint, payload, 0, now)
+            child.gather = gather
+            child.deadline = gather.deadline
+            gather.children[replica.idx] = child
+            replica.parked.push(child)
+            service.wake(replica.parked)
+        if not gather.children:
+            self._answers.fail(gather, self._dispatch.no_replicas(service, 0.0))
+            return
+        self._dispatch.pump(service, now)
+
+    # Acceptance.
+
+    def _refusal(self, client: Client, endpoint: Endpoint | None) -> ForgeError | None:
+        """Why no call of this client to this endpoint can be accepted now, if none can."""
+        config = self._state.config
+        if endpoint is None:
+            return None
+        if endpoint.service.stopping is not None:
+            error: ForgeError = endpoint.service.stopping
+            return error
+        if client.channel.kept_bytes > config.link_bytes:
+            return Overloaded(
+                what=f"the link of {client.name}", limit_name="link_bytes", limit=config.link_bytes, retry_after_s=0.5
+            )
+        if self._state.held_bytes > config.max_queue_bytes:
+            return Overloaded(
+                what="the broker", limit_name="max_queue_bytes", limit=config.max_queue_bytes, retry_after_s=0.5
+            )
+        return None
+
+    def _make_room(self, endpoint: Endpoint, now: float) -> bool:
+        """The queue is at its limit, but this envelope's calls have not been pumped yet: they may leave room."""
+        endpoint.service.wake(endpoint.queue)
+        self._dispatch.pump(endpoint.service, now)
+        return endpoint.queue.length < endpoint.service.config.max_queued_requests
+
+    def _set_deadline(self, call: Request | Gather, timeout_s: float | None, now: float) -> None:
+        if timeout_s is None:
+            return
+        call.deadline = now + timeout_s
+        deadlines = self._state.deadlines
+        deadlines.add(call.deadline, Kind.CALL, call.id)
+        if len(deadlines) >= self._prune_at:
+            # Most calls are answered long before their time is up: 50,000 calls/s with a timeout of a minute would leave
+            # three million entries behind.
+            deadlines.prune(self._is_awaited)
+            self._prune_at = 2 * len(deadlines) + PRUNE_FROM
+
+    def _is_awaited(self, kind: Kind, key: Any) -> bool:
+        if kind is not Kind.CALL:
+            return True
+        client = self._state.clients.get(key >> 40)
+        return client is not None and key in client.calls
+
+    def _push_session(self, request: Request, now: float) -> bool:
+        """Into the queue of its session's replica, or with those that have none yet. False: rejected."""
+        service: Service = request.endpoint.service
+        session = service.sessions.get(request.session or "")
+        sequence = sequence_of(request.id)
+        if session is None:
+            self._answers.reject(
+                request.client, sequence, UnknownSession(service=service.name, session=request.session)
+            )
+            return False
+        if session.lost:
+            error = SessionLost(session=session.id, service=service.name, why=session.lost)
+            self._answers.reject(request.client, sequence, error)
+            return False
+        session.used_at = now
+        idx = service.pins.get(session.id)
+        # While an older call of the session waits for a replica, newer ones queue up behind it, or they would overtake it.
+        queue = service.unpinned if idx is None or session.unpinned else service.replicas[idx].parked
+        if session.suspects:
+            queue = service.suspects
+        if queue.length >= service.config.max_queued_requests:
+            self._answers.reject(request.client, sequence, self._answers.overloaded(request.endpoint))
+            return False
+        session.unpinned += queue is service.unpinned
+        session.suspects += queue is service.suspects
+        queue.push(request)
+        service.wake(queue)
+        return True

@@ -1,0 +1,294 @@
+"""The recovery window (F10): a broker without memory has everything again from what its peers hold (PROTOCOL.md §8).
+
+While it is open nothing is dispatched, launched or answered; hellos are taken in, and what clients ask is laid aside. When it ends,
+replicas with all their ranks are HEALTHY, calls that somebody ran or runs are matched with those who wait for them, and all
+that was laid aside is done as if it came now.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from forge_broker.core.catalogue import Catalogue
+from forge_broker.core.claims import Asked, Declared, Window
+from forge_broker.core.clients import Client
+from forge_broker.core.columns import read_replies, read_states
+from forge_broker.core.deadlines import Kind
+from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.lifecycle import Lifecycle
+from forge_broker.core.placement import Seat
+from forge_broker.core.replicas import Replica, ReplicaState
+from forge_broker.core.seating import Seating
+from forge_broker.core.services import Service, read_spec
+from forge_broker.core.sessions import Sessions
+from forge_broker.core.state import State
+from forge_broker.core.status import missing
+from forge_broker.core.workers import Worker
+from forge_contract.errors import Overloaded, ProtocolError, ServiceStopped
+from forge_contract.framing import Payload, Payloads, weigh
+from forge_contract.messages import CALLS, CONTROL, FANOUT, Message
+
+_SIZES: Final = {CALLS: 3, FANOUT: 3, CONTROL: 4}  # where a message of a client names its payloads
+_AT_ONCE: Final = frozenset({"status", "workers", "explain", "dead_list"})
+
+
+def is_of_the_past(message: Message) -> bool:
+    """Whether it only repeats what was said to our predecessor, and has to be done before anything new."""
+    if message[0] == CALLS:
+        return len(message) > 4 and isinstance(message[4], dict) and "again" in message[4]
+    return message[0] == CONTROL and len(message) > 2 and message[2] == "open_session"
+
+
+def is_answered_at_once(message: Message) -> bool:
+    """Whether it can be, while the window is open: it only looks."""
+    return message[0] == CONTROL and len(message) > 2 and message[2] in _AT_ONCE
+
+
+class Rebuild:
+    def __init__(
+        self,
+        state: State,
+        catalogue: Catalogue,
+        seating: Seating,
+        lifecycle: Lifecycle,
+        sessions: Sessions,
+        dispatch: Dispatch,
+    ) -> None:
+        self._state = state
+        self._catalogue = catalogue
+        self._seating = seating
+        self._dispatch = dispatch
+        self._lifecycle = lifecycle
+        self._sessions = sessions
+
+    def open(self, now: float) -> None:
+        state = self._state
+        state.window = Window(now + state.config.recovery_s)
+        state.deadlines.add(state.window.until, Kind.RECOVERED, None)
+        state.note("warning", "recovering", seconds=state.config.recovery_s)
+
+    def opens_for(self, hello: dict[str, Any], now: float) -> bool:
+        """Somebody knows our predecessor, and we know nothing yet: it is not too late to ask the others."""
+        state = self._state
+        past = hello.get("holds") or hello.get("declares")
+        return (
+            bool(past)
+            and not state.services
+            and not state.terminating
+            and now - state.started_at <= state.config.recovery_s
+        )
+
+    # Hellos.
+
+    def worker(self, worker: Worker, payloads: list[Payload], now: float) -> None:
+        """A worker that holds a rank of something. Raises ForgeError for what cannot be."""
+        held = worker.hello["holds"]
+        wanted = {
+            "deed": dict,
+            "replica": int,
+            "epoch": int,
+            "rank": int,
+            "ready": bool,
+            "running": list,
+            "sessions": list,
+        }
+        if not isinstance(held, dict) or len(payloads) != 1:
+            raise ProtocolError("HELLO: holds is a map, with the constructor's arguments as payload")
+        wrong = [name for name, kind in wanted.items() if type(held.get(name)) is not kind]
+        running, sessions = held.get("running") or [], held.get("sessions") or []
+        if wrong or not all(_is_running(one) for one in running) or not all(isinstance(one, str) for one in sessions):
+            raise ProtocolError(f"HELLO: holds with a wrong {', '.join(wrong) or 'running or sessions'}")
+        service = self._service(held["deed"], payloads[0], worker.trusted, now)
+        replica = self._replica(service, held["replica"], held["epoch"], now)
+        worker.launch = 0  # its number was our predecessor's; to us it is one that somebody else started
+        seated = held["ready"] and replica.epoch == held["epoch"] and 0 <= held["rank"] < len(replica.ranks)
+        if not seated or replica.ranks[held["rank"]] is not None or service.stopping is not None:
+            self._lifecycle.turn_away(worker, now)
+            return
+        self._seating.take_seat(worker, replica, held["rank"], Seat(worker.host, worker.gpus, worker.name))
+        window = self._window()
+        for request, attempt in running:
+            claim = window.claim(request, replica, attempt)
+            if claim is not None:
+                claim.running[worker.rank] = worker
+        for sid in sessions:
+            window.homes[service.id, sid] = replica
+
+    def client(self, client: Client, payloads: list[Payload], now: float) -> None:
+        """A client that waits for something, or started it. Raises ForgeError for what cannot be."""
+        declared = client.hello["declares"]
+        deeds = declared.get("services") if isinstance(declared, dict) else None
+        sessions = declared.get("sessions") if isinstance(declared, dict) else None
+        if not isinstance(deeds, list) or not isinstance(sessions, list) or len(deeds) != len(payloads):
+            raise ProtocolError("HELLO: declares has services, with a payload each, and sessions")
+        window = self._window()
+        for deed, init in zip(deeds, payloads, strict=True):
+            service = self._service(deed, init, client.trusted, now)
+            if window.owners[service.id] == client.id:
+                window.declared[service.id] = client
+        for one in sessions:
+            kinds = [type(field) for field in one] if isinstance(one, list) else []
+            if kinds != [int, str, dict, bool]:
+                raise ProtocolError("HELLO: a session is [service, session, hints, used]")
+            window.sessions.append(Declared(client, *one))
+
+    def _service(self, deed: Any, init: Payload, trusted: bool, now: float) -> Service:
+        """The service of this deed: known already, or made anew under its old ids."""
+        names = {"service": int, "name": str, "spec": dict, "endpoints": list, "owner": int, "trusted": bool}
+        if not isinstance(deed, dict) or any(type(deed.get(name)) is not kind for name, kind in names.items()):
+            raise ProtocolError("a deed that is none (PROTOCOL.md §7.2)")
+        ids = [deed["service"], *deed["endpoints"]]
+        if not all(type(one) is int and 0 < one < 1 << 62 for one in ids) or len(set(ids)) != len(ids):
+            raise ProtocolError("a deed with ids that are none")
+        known = self._state.services.get(deed["service"])
+        if known is not None:
+            if known.deed() | {"owner": deed["owner"], "trusted": deed["trusted"]} != deed:
+                raise ProtocolError(f"a deed of another service {deed['service']} than {known.name}")
+            return known
+        trusted = trusted and deed["trusted"]  # a stamp is believed only of who has that trust
+        service = self._catalogue.revive(deed, read_spec(deed["spec"], trusted), init, trusted, now)
+        self._window().owners[service.id] = deed["owner"]
+        return service
+
+    def _replica(self, service: Service, idx: int, epoch: int, now: float) -> Replica:
+        """The newest epoch counts: a worker of an older one was lost to our predecessor already."""
+        replica = service.replicas.get(idx)
+        if replica is None:
+            if not 0 <= idx < 4096:
+                raise ProtocolError(f"a replica numbered {idx}")
+            replica = self._seating.seatless_replica(service, idx, now)
+            replica.epoch = epoch
+        elif replica.epoch < epoch and replica.state is ReplicaState.UNINITIALIZED:
+            for worker in replica.ranks:
+                if worker is not None:
+                    self._lifecycle.turn_away(worker, now)
+            replica.ranks = [None] * len(replica.ranks)
+            replica.epoch = epoch
+        return replica
+
+    # What is said while the window is open.
+
+    def replies(self, worker: Worker, message: Message, payloads: Payloads) -> None:
+        """REPLIES: kept ones, and those of calls that ended meanwhile."""
+        epoch, ids, attempts, statuses, sizes = read_replies(message)
+        replica: Replica | None = worker.replica
+        for request, attempt, status, payload in zip(ids, attempts, statuses, payloads.take_all(sizes), strict=True):
+            claim = (
+                None if replica is None or epoch != replica.epoch else self._window().claim(request, replica, attempt)
+            )
+            if claim is None:
+                self._state.ledger.fenced += 1
+                continue
+            claim.running.pop(worker.rank, None)
+            claim.parts[worker.rank] = (status, payload, worker.trusted)
+
+    def lay_aside(self, client: Client, message: Message, payloads: Payloads, now: float) -> None:
+        """Something a client wants. Raises ProtocolError; Overloaded when so much has been asked that it cannot be kept."""
+        window = self._window()
+        named = message[_SIZES[message[0]]] if len(message) > _SIZES.get(message[0], len(message)) else []
+        sizes = named if isinstance(named, list) else [named]
+        if set(map(type, sizes)) - {int}:
+            raise ProtocolError("sizes that are no int")
+        taken = payloads.take_all(sizes)
+        window.asked_bytes += sum(len(one) if type(one) is bytes else weigh(one) for one in taken)
+        limit = self._state.config.max_queue_bytes
+        if window.asked_bytes > limit:
+            raise Overloaded(what="the broker", limit_name="max_queue_bytes", limit=limit, retry_after_s=1.0)
+        window.asked.append(Asked(client, message, taken, now))
+
+    def states(self, worker: Worker, message: Message, payloads: Payloads) -> None:
+        """STATES: checkpoints of sessions whose clients may not be back yet."""
+        ids, taken = read_states(message, payloads)
+        replica: Replica | None = worker.replica
+        for sid, payload in zip(ids, taken, strict=True):
+            if replica is not None:
+                self._window().states[replica.service.id, sid] = (replica, payload, worker.trusted)
+
+    # The end of the window.
+
+    def end(self, now: float) -> list[Asked]:
+        """Take stock; returns what was laid aside, for `broker` to do now. Claims stay known until it is done."""
+        state, window = self._state, self._window()
+        state.note("info", "recovered", services=len(state.services), missing=missing(state))
+        state.window = None
+        state.claims = window.claims
+        for service_id, owner in window.owners.items():
+            service = state.services[service_id]
+            service.owner = window.declared.get(service_id)
+            if service.owner is not None:
+                service.owner.services.add(service_id)
+                service.watchers.add(service.owner.name)
+            elif owner:
+                gone = ServiceStopped(service=service.name, why=": the client that started it did not come back")
+                self._lifecycle.stop_service(service, gone, now)
+        for service in list(state.services.values()):
+            if service.stopping is None:
+                self._lifecycle.resume(service, now)
+        for claim in window.claims.values():
+            # Before anything new is dispatched: what runs has its room already. Whoever was sent away since runs nothing for us.
+            claim.running = {
+                rank: worker for rank, worker in claim.running.items() if claim.replica.ranks[rank] is worker
+            }
+            if claim.running and claim.replica.has_room:
+                claim.replica.pool.took(claim.replica)  # type: ignore[union-attr]  # it has room, so it is in a pool
+                claim.reserved = True
+        for declared in window.sessions:
+            self._reopen(declared, window, now)
+        for (service_id, sid), home in window.homes.items():
+            if sid not in home.service.sessions or service_id not in state.services:
+                self._forget(sid, home)
+        self._seating.place_pending(now)
+        return window.asked
+
+    def _reopen(self, declared: Declared, window: Window, now: float) -> None:
+        """A session, where it lives. One that was used and that no worker speaks for has lost its state (S3)."""
+        service = self._state.services.get(declared.service)
+        if (
+            service is None
+            or service.stopping is not None
+            or self._state.links.get(declared.client.name) is not declared.client
+        ):
+            return
+        self._sessions.open(service, declared.client, declared.session, declared.hints, now)
+        session = service.sessions[declared.session]
+        session.ran = declared.used
+        home = window.homes.get((service.id, session.id))
+        kept = window.states.get((service.id, session.id))
+        if kept is not None and kept[0] is home:
+            self._sessions.keep(session, kept[1], kept[2], now)
+        if home is not None and home.healthy:
+            service.pin(session.id, home)
+        elif session.ran and session.state is None:
+            self._state.story.tell(now, session.id, "its state is lost: its worker died while the broker was away")
+            session.ran = False
+            if service.config.on_session_loss == "raise":
+                session.lost = "its worker died while the broker was away"
+
+    def _forget(self, sid: str, home: Replica) -> None:
+        """Its client has closed it, or is gone: what the worker knows of it must not come up under its id again."""
+        for worker in home.ranks:
+            if worker is not None:
+                worker.add_forget(sid)
+                self._state.deliver(worker)
+
+    def settle(self, now: float) -> None:
+        """All that was asked has been done: what is still claimed, nobody waits for."""
+        for request, claim in self._state.claims.items():
+            if claim.reserved and claim.replica.pool is not None:
+                claim.replica.pool.gave(claim.replica, 1)
+                claim.replica.service.wake(claim.replica.parked)
+            for worker in claim.running.values():
+                if self._state.workers.get(worker.name) is worker:
+                    worker.add_drop(request)
+                    self._state.deliver(worker)
+        self._state.claims = {}
+        for service in self._state.services.values():
+            self._dispatch.pump(service, now)
+
+    def _window(self) -> Window:
+        assert self._state.window is not None
+        return self._state.window
+
+
+def _is_running(one: Any) -> bool:
+    return isinstance(one, list) and len(one) == 2 and all(type(number) is int and number > 0 for number in one)

@@ -1,0 +1,298 @@
+"""A broker that comes back with nothing (F10): it has everything again from what workers and clients say in the recovery window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from forge_broker.core.actions import Launch
+from forge_broker.core.replicas import ReplicaState
+from forge_contract.errors import OutcomeUnknown
+from forge_contract.messages import DROP, IMPORT, OK, REFUSE, REPLIES, SETTLED, STATES, STOP, request_id
+from tests.core.peers import TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer, spec
+
+SERVICE, ENDPOINT = 5, 6
+OWNER = 0xABC
+
+
+def deed(**options: Any) -> dict[str, Any]:
+    one = spec(**{"num_replicas": 2, **options})
+    return {"service": SERVICE, "name": "Echo", "spec": one, "endpoints": [ENDPOINT], "owner": OWNER, "trusted": True}
+
+
+def holds(replica: int, *, of: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    rest = {"epoch": 3, "rank": 0, "ready": True, "running": [], "sessions": []}
+    return {"deed": of or deed(), "replica": replica, **rest, **fields}
+
+
+def worker_back(bench: Bench, replica: int, **fields: Any) -> WorkerPeer:
+    return bench.worker(launch=9, holds=holds(replica, **fields), holdings=[b"init"])
+
+
+def client_back(bench: Bench, *sessions: Any, of: dict[str, Any] | None = None, address: int = TRUSTED) -> ClientPeer:
+    declares = {"services": [of or deed()], "sessions": list(sessions)}
+    return bench.client(address, client=OWNER, declares=declares, holdings=[b"init"])
+
+
+def id_of(sequence: int) -> int:
+    return request_id(OWNER, sequence)
+
+
+def end_window(bench: Bench) -> None:
+    bench.advance(bench.state.config.recovery_s + 0.01)
+
+
+def test_services_replicas_and_their_owner_are_there_again_under_their_old_ids() -> None:
+    """F10: whoever comes first; and nothing is launched meanwhile."""
+    for worker_first in (True, False):
+        bench = Bench(recovering=True)
+        if worker_first:
+            worker_back(bench, 0)
+        client = client_back(bench)
+        if not worker_first:
+            worker_back(bench, 0)
+        two = worker_back(bench, 1)
+        assert client.welcome["recovering"] is True
+        assert client.id == OWNER
+        assert not bench.of(Launch)
+        end_window(bench)
+        service = bench.service()
+        assert (service.id, service.endpoints[0].id, service.init) == (SERVICE, ENDPOINT, b"init")
+        assert [replica.state for replica in service.replicas.values()] == [ReplicaState.HEALTHY] * 2
+        assert [replica.epoch for replica in service.replicas.values()] == [3, 3]
+        client.call(ENDPOINT, b"a", b"b")
+        two.reply()
+        assert len(client.results) == 1
+        assert not bench.of(Launch)
+        assert bench.state.next_id() > ENDPOINT
+
+
+def test_a_call_that_a_worker_runs_is_not_run_again() -> None:
+    """F10: it is entered in the ledger, and its reply goes to who waits for it."""
+    bench = Bench(recovering=True)
+    one, two = worker_back(bench, 0, running=[[id_of(1), 2]]), worker_back(bench, 1)
+    client = client_back(bench)
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    assert (one.seen, two.seen, client.results) == ([], [], {})
+    assert bench.service().replicas[0].active == 1
+    one.say([REPLIES, 3, [id_of(1)], 2, OK, [4]], packed=b"done")
+    assert client.results == {1: (OK, b"done")}
+
+
+def test_a_call_that_a_worker_has_ended_is_answered_from_what_it_kept() -> None:
+    """F10: also when the worker died since, for its word stands."""
+    bench = Bench(recovering=True)
+    one, _ = worker_back(bench, 0), worker_back(bench, 1)
+    one.say([REPLIES, 3, [id_of(1), id_of(7)], 1, OK, [4, 5]], packed=b"doneother")
+    client = client_back(bench)
+    client.call(ENDPOINT, b"a", again=True)
+    bench.handle_gone(one)
+    end_window(bench)
+    assert client.results == {1: (OK, b"done")}
+
+
+def test_what_nobody_ran_runs_now_or_is_unknown_as_its_delivery_says() -> None:
+    """F10, F3: in the order sent."""
+    bench = Bench(recovering=True)
+    one, two = worker_back(bench, 0), worker_back(bench, 1)
+    client = client_back(bench)
+    client.call(ENDPOINT, b"a", b"b", again=True)
+    client.call(ENDPOINT, b"c")
+    assert not client.results
+    end_window(bench)
+    assert (one.seen, two.seen) == ([b"a", b"c"], [b"b"])
+    of = deed(delivery="at_most_once")
+    bench = Bench(recovering=True)
+    one = bench.worker(launch=9, holds=holds(0, of=of), holdings=[b"init"])
+    client = client_back(bench, of=of)
+    client.call(ENDPOINT, b"a", again=True)
+    client.call(ENDPOINT, b"b")
+    end_window(bench)
+    assert isinstance(client.error(1), OutcomeUnknown)
+    assert one.seen == [b"b"]
+
+
+def test_what_a_worker_runs_and_nobody_waits_for_is_dropped() -> None:
+    """F10, F5."""
+    bench = Bench(recovering=True)
+    one = worker_back(bench, 0, running=[[id_of(1), 1], [id_of(2), 1]])
+    worker_back(bench, 1)
+    client = client_back(bench)
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    assert one.of(DROP) == [[DROP, [id_of(2)]]]
+
+
+def test_of_two_attempts_the_later_one_counts() -> None:
+    """F10, W3: a replica that was lost to our predecessor still runs the first."""
+    bench = Bench(recovering=True)
+    one = worker_back(bench, 0, running=[[id_of(1), 1]])
+    two = worker_back(bench, 1, running=[[id_of(1), 2]])
+    client = client_back(bench)
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    one.say([REPLIES, 3, [id_of(1)], 1, OK, [3]], packed=b"old")
+    assert not client.results
+    two.say([REPLIES, 3, [id_of(1)], 2, OK, [3]], packed=b"new")
+    assert client.results == {1: (OK, b"new")}
+
+
+def test_a_rank_that_does_not_come_back_costs_its_replica_a_restart() -> None:
+    """F10, F2: and a replica nobody speaks for is started anew."""
+    bench = Bench(recovering=True)
+    of = deed(procs=2)
+    zero = bench.worker(holds=holds(0, of=of, running=[[id_of(1), 1]]), holdings=[b"init"])
+    client = client_back(bench, of=of)
+    client.call(ENDPOINT, b"a", again=True)
+    assert bench.state.window is not None
+    status = client.ask("status")["recovering"]
+    assert status["until_s"] > 0
+    assert status["missing"] == ["rank 1 of Echo/0", "1 replicas of Echo"]
+    end_window(bench)
+    assert zero.of(STOP)
+    assert bench.service().replicas[0].state is ReplicaState.RECOVERING
+    assert len(bench.service().replicas) == 2
+    bench.advance(1.0)
+    workers = bench.launched()
+    assert len(workers) == 4
+    assert not client.results
+
+
+def test_sessions_keep_their_replica_and_their_state() -> None:
+    """F10, S3."""
+    bench = Bench(recovering=True)
+    of = deed(exports=True)
+    one = bench.worker(holds=holds(0, of=of), holdings=[b"init"])
+    two = bench.worker(holds=holds(1, of=of, sessions=["s"]), holdings=[b"init"])
+    two.say([STATES, ["s"], [5]], packed=b"state")
+    client = client_back(bench, [SERVICE, "s", {}, True], of=of)
+    client.call(ENDPOINT, b"a", b"b", b"c", session="s", again=True)
+    end_window(bench)
+    assert (one.seen, two.seen) == ([], [b"a", b"b", b"c"])
+    bench.handle_gone(two)
+    assert [payloads[0] for message, payloads in one.heard if message[0] == IMPORT] == [b"state"]
+    assert one.seen == [b"a", b"b", b"c"]
+
+
+def test_a_service_whose_owner_stays_away_is_stopped_and_a_detached_one_lives_on() -> None:
+    """F10, A10."""
+    for owner, lives in ((OWNER, False), (0, True)):
+        bench = Bench(recovering=True)
+        one = bench.worker(holds=holds(0, of={**deed(num_replicas=1), "owner": owner}), holdings=[b"init"])
+        end_window(bench)
+        assert bool(one.of(STOP)) is not lives
+        assert bench.service().stopping is None or not lives
+
+
+def test_what_was_asked_in_the_window_is_answered_after_it() -> None:
+    """F10: a deploy waits, so that nothing is launched on a GPU that a worker of ours still has; looking does not wait."""
+    bench = Bench(recovering=True)
+    client = bench.client()
+    client.deploy(class_name="Other")
+    assert client.ask("workers") == {"workers": []}
+    assert not bench.of(Launch)
+    end_window(bench)
+    assert len(bench.of(Launch)) == 1
+
+
+def test_a_worker_that_was_not_ready_or_is_of_an_older_epoch_is_sent_away() -> None:
+    """F10, W3."""
+    bench = Bench(recovering=True)
+    good = worker_back(bench, 0)
+    for odd in (
+        worker_back(bench, 1, ready=False),
+        worker_back(bench, 0, epoch=2),
+        worker_back(bench, 0),
+        worker_back(bench, 1, rank=4),
+    ):
+        assert odd.of(STOP)
+    assert not good.of(STOP)
+    newer = worker_back(bench, 0, epoch=4)
+    assert good.of(STOP)
+    assert bench.service().replicas[0].ranks[0].name == newer.name
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"deed": {}},
+        {"deed": None},
+        {"replica": -1},
+        {"replica": 10**9},
+        {"running": [[1]]},
+        {"running": ["x"]},
+        {"sessions": [1]},
+        {"epoch": "1"},
+        {"deed": {**deed(), "endpoints": [SERVICE]}},
+        {"deed": {**deed(), "endpoints": [1, 2, 3]}},
+        {"deed": {**deed(), "spec": {}}},
+    ],
+    ids=str,
+)
+def test_nonsense_in_a_hello_is_refused_and_costs_nobody_else_anything(wrong: dict[str, Any]) -> None:
+    """W8, F10."""
+    bench = Bench(recovering=True)
+    client, one = client_back(bench), worker_back(bench, 0)
+    odd = bench.worker(holds={**holds(1), **wrong}, holdings=[b"init"])
+    assert odd.of(REFUSE) or odd.of(STOP)
+    end_window(bench)
+    client.call(ENDPOINT, b"a")
+    assert one.seen == [b"a"]
+
+
+def test_an_untrusted_peer_cannot_vouch_for_code() -> None:
+    """W6, F10: a deed's stamp is believed only of a peer that has that trust."""
+    bench = Bench(recovering=True)
+    of = deed(target={"code": b"class by value"})
+    odd = bench.worker(UNTRUSTED, holds=holds(0, of=of), holdings=[b"init"])
+    assert odd.of(REFUSE)
+    assert not bench.state.services
+
+
+def test_the_window_opens_late_for_who_knows_our_predecessor_if_we_know_nothing_yet() -> None:
+    """F10: on TCP nothing on disk says that somebody was here before."""
+    bench = Bench()
+    one = worker_back(bench, 0)
+    assert one.welcome["recovering"] is True
+    bench = Bench()
+    client = bench.client()
+    client.deploy(class_name="Other", num_replicas=1)
+    late = worker_back(bench, 0)
+    assert late.welcome["recovering"] is False
+    assert late.of(STOP)
+    bench = Bench()
+    bench.advance(bench.state.config.recovery_s + 1.0)
+    assert worker_back(bench, 0).of(STOP)
+
+
+def test_a_worker_is_told_what_it_need_not_keep_when_the_client_has_it() -> None:
+    """F10: not when the broker has it."""
+    _, client, (worker,), endpoint = Bench().serving(1)
+    client.call(endpoint, b"a")
+    before = worker.sent
+    client_received = client.received
+    worker.reply()
+    client.call(endpoint, b"b")  # its envelope acknowledges the result of a, and makes the broker speak to the worker
+    assert client.received > client_received
+    assert worker.of(SETTLED) == [[SETTLED, before + 1]]
+    worker.reply()
+    client.received -= 1  # it has not got the result of b
+    client.call(endpoint, b"c")
+    assert not worker.of(SETTLED)
+
+
+def test_a_mesh_call_is_matched_rank_by_rank() -> None:
+    """F10, A7: one rank has ended it, the other runs it still."""
+    bench = Bench(recovering=True)
+    of = deed(procs=2, num_replicas=1, return_first_rank_result=False)
+    zero = bench.worker(holds=holds(0, of=of), holdings=[b"init"])
+    one = bench.worker(holds=holds(0, of=of, rank=1, running=[[id_of(1), 1]]), holdings=[b"init"])
+    zero.say([REPLIES, 3, [id_of(1)], 1, OK, [1]], packed=b"0")
+    client = client_back(bench, of=of)
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    assert not client.parts
+    one.say([REPLIES, 3, [id_of(1)], 1, OK, [1]], packed=b"1")
+    assert client.parts[1] == {(0, 0): (OK, b"0"), (0, 1): (OK, b"1")}

@@ -1,0 +1,296 @@
+"""A storm: every kind of call, while everything breaks that can (§7). Seeded, so that one that fails replays to the same event.
+
+    python -m tests.face_to_face.storm --seeds 1000 [--first 0] [--jobs 2]      # what `make storm` runs
+    Storm(4711).run()
+
+The broker's invariants are checked after every event. Once the faults are over, every call has had exactly one reply; a session's
+answers count its calls, whatever its replica died of; what is delivered at most once started at most once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from functools import partial
+from typing import Final
+
+from forge_contract.messages import FAILED, OK
+from tests.face_to_face.parties import Reply, SimClient, SimWorker
+from tests.face_to_face.world import World
+
+CALLS: Final = 60
+EVERY_S: Final = 0.1  # a call
+FAULT_EVERY: Final = 5  # calls
+BOUND_S: Final = 300.0  # virtual, after the last fault: restarts wait ever longer for one that was killed often
+SESSIONS: Final = "ab"
+POISON: Final = b"poison"
+ENDPOINTS: Final = {
+    "echo": {},
+    "pay": {"delivery": "at_most_once"},
+    "slow": {"hang_timeout_s": 1.0},
+    "load": {"replay_last": True},
+}
+# What a call may end with but its value; anything else is a bug.
+EXPECTED: Final = {
+    "echo": {"PoisonedRequest"},
+    "pay": {"OutcomeUnknown"},
+    "slow": {"PoisonedRequest"},
+    "timed": {"CallTimeout", "PoisonedRequest"},
+    "mesh": {"PoisonedRequest", "OutcomeUnknown"},
+}
+
+
+class Lost(AssertionError):
+    """What a storm found, with its seed."""
+
+
+class Call:
+    def __init__(self, kind: str, client: SimClient, reply: Reply, payload: bytes, session: str | None) -> None:
+        self.kind = kind
+        self.client = client
+        self.reply = reply
+        self.payload = payload
+        self.session = session
+        self.cancelled = False
+
+
+class Storm:
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.world = world = World(seed, recovery_s=2.0, drain_grace_s=3.0)
+        self.random = world.random
+        world.duplicates = self.random.choice([0.0, 0.02])
+        world.actor = self._act
+        self.near, self.far, self.mortal = world.client(), world.client(host="another-host"), world.client()
+        self.hand = [world.worker(host="another-host"), world.worker()]
+        room = self.random.choice([1, 3, 10])
+        self.service = self.near.deploy(
+            num_replicas=3,
+            replica_max_concurrent_requests=room,
+            endpoints=ENDPOINTS,
+            exports=True,
+            restart_backoff_at_most_s=5.0,
+        )
+        self.mesh = self.far.deploy(num_replicas=1, procs=2, restart_backoff_at_most_s=5.0)
+        for session in SESSIONS:
+            self.near.ask("open_session", service=self.service["service"], session=session, hints={})
+        self.calls: list[Call] = []
+        self.by_reply: dict[int, Call] = {}
+        self.executed: Counter[bytes] = Counter()
+        self.dozed: set[SimClient] = set()  # stopped for a while: one that is away for too long is told BrokerLost
+        self.forgetful = False  # a session's state may have died with the broker and its worker at once
+
+    # The actor.
+
+    def _act(self, worker: SimWorker, method: int, payload: bytes) -> tuple[float, int, bytes]:
+        self.executed[payload] += 1
+        if payload.endswith(POISON):
+            self.world.clock.at(self.world.clock.now + 0.05, worker.die)
+            return 60.0, OK, payload
+        if payload.endswith(b"slow") and self.random.random() < 0.2:
+            return 20.0, OK, payload
+        return self.random.random() * 0.3, OK, payload
+
+    # The callers.
+
+    def call(self, n: int) -> None:
+        kind = self.random.choice(
+            ["echo", "session", "session", "fanout", "mesh", "timed", "priority", "pay", "slow", "mortal"]
+        )
+        payload = str(n).encode()
+        if kind == "slow":
+            payload += b"slow"
+        elif kind == "echo" and self.random.random() < 0.05:
+            payload += POISON
+            self.world.faults["poison"] += 1
+        client, session = self.near, None
+        near = partial(self.near.call, self.service, payload=payload)
+        if kind == "session":
+            session = self.random.choice(SESSIONS)
+            reply = near(session=session)
+        elif kind == "fanout":
+            reply = self.near.fanout(self.service, self.random.choice(["echo", "load"]), payload)
+        elif kind == "mesh":
+            client, reply = self.far, self.far.call(self.mesh, payload=payload)
+        elif kind == "timed":
+            reply = near(timeout=self.random.random() * 2)
+        elif kind == "priority":
+            kind, reply = "echo", near(priority=self.random.randrange(-2, 3))
+        elif kind in ("pay", "slow"):
+            reply = near(kind)
+        elif kind == "mortal" and self.mortal.alive:
+            client, reply = self.mortal, self.mortal.call(self.service, payload=payload)
+        else:
+            reply = near()
+        self.calls.append(Call(kind, client, reply, payload, session))
+
+    # The faults.
+
+    def disturb(self) -> None:
+        world, draw = self.world, self.random.random
+        alive = [peer for peer in world.peers.values() if peer.alive]
+        peer = self.random.choice(alive)
+        kind = self.random.randrange(12)
+        if kind in (0, 1) and isinstance(peer, SimWorker):
+            world.faults["worker killed"] += 1
+            peer.die()
+        elif kind == 2 and peer.connection.up:
+            peer.connection.reconnect(draw())
+        elif kind == 3 and peer.connection.up:
+            peer.connection.half_open(to_broker=draw() < 0.5, seconds=2.0)
+        elif kind in (4, 5):
+            # A worker of another host is taken for dead meanwhile, and comes back as a zombie; one of this host is killed.
+            world.faults["paused"] += 1
+            peer.pause()
+            if isinstance(peer, SimClient):
+                self.dozed.add(peer)
+            world.clock.at(world.clock.now + draw() * 8, peer.resume)
+            self.forgetful |= world.broker_is_down or world.broker.state.window is not None
+        elif kind == 6:
+            self._cancel()
+        elif kind == 7 and not world.broker_is_down and draw() < 0.5:
+            self.forgetful |= not all(map(self._lives, SESSIONS))
+            world.kill_broker(draw() * 2)
+        elif kind == 8:
+            world.faults["delay"] += 1
+            world.delay_s = 0.2
+            world.clock.at(world.clock.now + draw(), lambda: setattr(world, "delay_s", 0.001))
+        elif kind == 9 and isinstance(peer, SimWorker):
+            world.faults["drained worker"] += 1
+            self.near.control("drain", {"target": peer.link.name})
+        elif kind == 10:
+            world.faults["drain or restart"] += 1
+            name = self.service["name"]
+            if draw() < 0.5:
+                self.near.control("restart", {"service": name})
+            else:
+                self.near.control("drain", {"target": f"{self.mesh['name']}/0"})  # refused: it is the last
+        elif kind == 11 and self.mortal.alive and draw() < 0.2:
+            world.faults["client killed"] += 1
+            self.mortal.die()
+
+    def _lives(self, sid: str) -> bool:
+        """Whether some worker has the state of this session, which otherwise dies with the broker."""
+        service = self.world.broker.state.services.get(self.service["service"])
+        if service is None or sid not in service.sessions:
+            return False
+        if service.sessions[sid].state is None:
+            return True
+        worker = None if sid not in service.pins else service.replicas[service.pins[sid]].ranks[0]
+        peer = None if worker is None else self.world.peers[worker.name]
+        return isinstance(peer, SimWorker) and peer.alive and not peer.paused and sid in peer.counts
+
+    def _cancel(self) -> None:
+        candidates = [
+            call for call in self.calls if call.session is None and call.kind != "fanout" and not call.reply.done
+        ]
+        if candidates:
+            call = self.random.choice(candidates)
+            self.world.faults["cancelled"] += 1
+            call.cancelled = True
+            call.client.link.cancel(call.reply.sequence)
+            call.client.flush()
+
+    # The whole.
+
+    def run(self) -> Storm:
+        """Raises Lost, or InvariantBroken, with what went wrong."""
+        clock = self.world.clock
+        try:
+            for n in range(CALLS):
+                clock.at(clock.now + n * EVERY_S, partial(self.call, n))
+                if n % FAULT_EVERY == 0:
+                    clock.at(clock.now + n * EVERY_S, self.disturb)
+            self.world.run_for(CALLS * EVERY_S)
+            self.world.duplicates = 0.0
+            self.world.run_until(self._all_answered, BOUND_S)
+            self._judge()
+        except AssertionError as error:
+            raise Lost(f"storm {self.seed}: {error}") from error
+        return self
+
+    def _all_answered(self) -> bool:
+        return all(
+            call.reply.done or call.cancelled or not call.client.alive or self._gave_up(call) for call in self.calls
+        )
+
+    def _gave_up(self, call: Call) -> bool:
+        return call.reply in call.client.lost_waiters and self._was_away(call.client)
+
+    def _was_away(self, client: SimClient) -> bool:
+        return client in self.dozed or (client.was_lost and self.world.faults["broker killed"] > 0)
+
+    def _judge(self) -> None:
+        self.forgetful |= self.world.states_lost
+        counts: Counter[str] = Counter()
+        poisoned: set[str] = set()
+        for call in self.calls:
+            reply = call.reply
+            if call.cancelled or not call.client.alive or self._gave_up(call):
+                assert reply.replies <= 1, f"{call.payload!r} was answered {reply.replies} times"
+                continue
+            assert reply.replies == 1, f"{call.payload!r} was answered {reply.replies} times"
+            if call.session is not None:
+                counts[call.session] += 1
+                wanted = b"%d" % counts[call.session]
+                if reply.error == "PoisonedRequest":
+                    poisoned.add(
+                        call.session
+                    )  # killed by chance on three replicas, the last time alone: it never ended
+                if not self.forgetful and call.session not in poisoned:
+                    assert reply.status == OK, f"{call.payload!r} of session {call.session} failed: {reply.error}"
+                    assert bytes(reply.payload) == wanted, (
+                        f"call {wanted!r} of session {call.session} was answered {bytes(reply.payload)!r}"
+                    )
+            elif call.kind != "fanout" and reply.status == FAILED:
+                allowed = EXPECTED.get(call.kind, EXPECTED["echo"])
+                # A client that is away for too long loses what it started.
+                ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_away(
+                    self.far if call.kind == "mesh" else self.near
+                )
+                assert reply.error in allowed or ended, f"{call.kind} {call.payload!r} failed with {reply.error}"
+            if call.kind == "pay":
+                assert self.executed[call.payload] <= 1, f"at most once, and ran {self.executed[call.payload]} times"
+            if call.payload.endswith(POISON):
+                assert reply.error == "PoisonedRequest", f"poison ended with {reply.status}, {reply.error}"
+                # A death that the broker chose (a drain, a stopped process) convicts nobody, though poison was its cause.
+                chosen = ("broker killed", "drained worker", "drain or restart", "paused", "half_open")
+                often = self.executed[call.payload] > 3 and not any(self.world.faults[one] for one in chosen)
+                assert not often, f"poison ran {self.executed[call.payload]} times"
+
+
+def _one(seed: int) -> tuple[int, int, Counter[str], str]:
+    try:
+        storm = Storm(seed).run()
+    except (Lost, RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
+        return seed, 0, Counter(), f"storm {seed}: {type(error).__name__}: {error}"
+    return seed, len(storm.calls), storm.world.faults, ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    began = time.perf_counter()
+    calls, faults, failed = 0, Counter[str](), []
+    seeds = range(options.first, options.first + options.seeds)
+    with multiprocessing.Pool(options.jobs) as pool:
+        for _, made, found, error in pool.imap_unordered(_one, seeds, chunksize=8):
+            calls += made
+            faults += found
+            if error:
+                failed.append(error)
+                print(error.splitlines()[0][:300], file=sys.stderr)
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in faults.most_common())
+    print(f"{options.seeds:,} storms, {calls:,} requests, {sum(faults.values()):,} faults ({kinds})")
+    print(f"lost, duplicated or wrong: {len(failed)} storms; {time.perf_counter() - began:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
