@@ -1,6 +1,10 @@
 # make demo    real work through the broker: examples/digits.py
 # make test    every test
 # make lint    ruff, mypy --strict, import-linter
+# make chaos   60 s in which a worker is killed every second; then callers' and workers' histories are compared. More of
+#              it: make chaos CHAOS="--everything --hand-started 2", and `python bench/chaos.py --help`
+# make storm   seeded storms over the real core and links in virtual time: make storm SEEDS=20000 FIRST=0
+# make failover   how long a call is away when its worker is killed
 # make clean   remove what these made
 #
 # Needs Python 3.11 or newer and make; everything else goes into .venv. Another interpreter: make PYTHON=python3.13 …
@@ -19,7 +23,13 @@ unexport COLUMNS LINES FORCE_COLOR NO_COLOR CLICOLOR CLICOLOR_FORCE PY_COLORS TT
 unexport PYTEST_ADDOPTS PYTEST_PLUGINS HYPOTHESIS_PROFILE MYPYPATH PYTHONHOME PYTHONPATH PYTHONWARNINGS PYTHONSAFEPATH
 unexport $(filter FORGE_%,$(.VARIABLES))
 
-.PHONY: demo test lint clean
+# For bench/chaos.py.
+CHAOS ?=
+# For the storms: how many, and the seed of the first.
+SEEDS ?= 1000
+FIRST ?= 0
+
+.PHONY: demo test lint chaos storm failover clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.for-demo
@@ -33,6 +43,15 @@ lint: $(VENV)/.for-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+chaos: $(VENV)/.for-dev
+	$(BIN)/python bench/chaos.py $(CHAOS)
+
+storm: $(VENV)/.for-dev
+	$(BIN)/python -m tests.face_to_face.storm --seeds $(SEEDS) --first $(FIRST)
+
+failover: $(VENV)/.for-dev
+	$(BIN)/python bench/failover.py
 
 clean:
 	rm -rf $(VENV) build dist bench/out .hypothesis .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
