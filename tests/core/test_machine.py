@@ -1,0 +1,608 @@
+"""Whatever clients, workers and the kernel do, in whatever order: a state machine that hypothesis drives over the core's public door.
+
+`peers.Bench` checks the broker's own books after every event (C6). Here a model keeps what callers and workers see: `Model` is
+told of every dispatch, and judges it by what was promised. When the faults are over (`teardown`), everything that was asked has its
+one answer.
+
+More of it: `pytest tests/core/test_machine.py --hypothesis-profile=search`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from forge_broker.core.actions import Kill, KillPeer, Launch, Look
+from forge_broker.core.events import LaunchEnded, ProcessGone, Stopped, Watched
+from forge_broker.core.workers import WorkerState
+from forge_contract.config import EndpointOptions
+from forge_contract.errors import PoisonedRequest
+from forge_contract.messages import (
+    ASSIGN,
+    BYE,
+    DISPATCH,
+    DROP,
+    DROPPED,
+    HEARTBEAT,
+    IMPORT,
+    OK,
+    RAISED,
+    REPLAY,
+    REPLIES,
+    SEQUENCE_MASK,
+    STATES,
+    STOP,
+    UNREADY,
+    UNTOUCHED,
+    request_id,
+)
+from tests.core.peers import TRUSTED, Bench, ClientPeer, WorkerPeer, spec
+
+ELSEWHERE = "another-host"
+MAX_ATTEMPTS = 3
+SETTLED_AFTER_S = 600.0
+"""By then every call must have ended when nothing breaks any more; what waits longest is `no_replica_grace_s` (60 s) after a backoff."""
+
+ENDPOINTS: dict[str, dict[str, Any]] = {
+    "predict": {},
+    "once": {"delivery": "at_most_once"},
+    "slow": {"hang_timeout_s": 20.0},
+    "load": {"replay_last": True},
+}
+
+pytestmark = pytest.mark.timeout(900)  # a search takes minutes, and so does hypothesis to shrink what it finds
+
+few = st.integers(0, 5)
+"""Which of those there are; the model takes it modulo their number, so that examples shrink."""
+
+
+RARE: dict[str, Callable[[Any], Any]] = {
+    "client_joins": lambda self: len(self.clients) < 3,
+    "client_dies": lambda self: len(self.clients) > 1,
+    "open_session": lambda self: self.serves() and len(self.opened) < 3,
+    "close_session": lambda self: self.serves() and self.opened,
+    "drain_replica": lambda self: self.serves(),
+    "drain_worker": lambda self: self.workers,
+    "restart": lambda self: self.serves(),
+    "launch_fails": lambda self: self.launches,
+    "join_by_hand": lambda self: len(self.workers) < 8,
+    "leave_unasked": lambda self: self.workers,
+    "falls_ill": lambda self: any(worker.told_ready >= 0 for worker in self.workers),
+    "checkpoint": lambda self: self.workers,
+    "falls_silent": lambda self: any(not worker.here for worker in self.workers),
+    "is_heard_again": lambda self: self.mute,
+    "is_found_stopped": lambda self: self.looks,
+}
+"""What happens now and then, and when it can."""
+
+
+class Asked:
+    """One call, as the model knows it. Its payload is its name."""
+
+    def __init__(self, payload: bytes, client: ClientPeer, key: int, *, once: bool, session: str | None) -> None:
+        self.payload = payload
+        self.client = client
+        self.key = key
+        self.once = once  # at most once
+        self.session = session
+        self.deaths = 0  # of replicas that died by themselves while they ran it
+        self.copies: dict[tuple[str, int], bool] = {}  # (worker, attempt) → it gave it back untouched
+        self.attempt = 0
+
+    def __repr__(self) -> str:
+        return f"<Asked {self.payload.decode()} of {self.session or 'no session'}>"
+
+
+class Rank(WorkerPeer):
+    """A worker process that tells the model what it is given."""
+
+    def __init__(self, model: Model, hello: dict[str, Any]) -> None:
+        self.model = model
+        self.assigned = False
+        self.told_ready = -1  # how many replays it has told of; -1: not READY yet
+        self.replays: list[bytes] = []
+        self.had: set[bytes] = set()  # weights it has run
+        self.stopping = False
+        self.dropped: set[int] = set()
+        self.knows: set[str] = set()  # sessions whose last state it has
+        super().__init__(model.bench, TRUSTED, {"role": "worker", "gpus": [], "launch": 0, **hello})
+        self.hello()
+
+    def took(self, message: list[Any], payloads: list[Any]) -> None:
+        super().took(message, payloads)
+        if message[0] == ASSIGN:
+            self.assigned = True
+        elif message[0] == REPLAY:
+            self.replays.append(payloads[0])
+        elif message[0] == STOP:
+            self.stopping = True
+        elif message[0] == DROP:
+            self.dropped |= set(message[1])
+        elif message[0] == IMPORT:
+            self.knows.add(message[1])
+        elif message[0] == DISPATCH:
+            attempts = message[5] if isinstance(message[5], list) else [message[5]] * len(message[4])
+            for key, attempt, payload in zip(message[4], attempts, payloads, strict=True):
+                self.model.dispatched(self, key, attempt, payload)
+
+    @property
+    def here(self) -> bool:
+        return bool(self.fields["host"] != ELSEWHERE)
+
+    def end(self, at: int, status: int) -> None:
+        """Answer one of its calls; one that was dropped may say so."""
+        key, attempt, payload = self.calls.pop(at)
+        if status == DROPPED and key not in self.dropped:
+            status = OK
+        if status == OK:
+            self.had.add(payload)
+        if status == UNTOUCHED and (asked := self.model.asked.get(payload)) is not None:
+            asked.copies[self.name, attempt] = True
+        self.say([REPLIES, self.replica_epoch, [key], [attempt], [status], [len(payload)]], packed=payload)
+        self.model.weigh()
+
+
+class Model:
+    """What was asked and who was given what."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.asked: dict[bytes, Asked] = {}
+        self.of_session: dict[str, list[Asked]] = {}  # in the order sent
+        self.fanouts: dict[tuple[ClientPeer, int], bytes] = {}  # of `load`, open: (client, sequence) → weights
+        self.weights: bytes | None = None  # of the last such fan-out that succeeded
+
+    def weigh(self) -> None:
+        """Which fan-outs are over. Of two the one that ended last counts, so this is looked at after each reply."""
+        for (client, sequence), payload in list(self.fanouts.items()):
+            parts = client.parts.get(sequence)
+            if parts and all(status == OK for status, _ in parts.values()):
+                self.weights = payload
+            if parts is not None or sequence in client.results or client.name not in self.bench.state.links:
+                del self.fanouts[client, sequence]
+
+    def is_open(self, asked: Asked) -> bool:
+        client = self.bench.state.clients.get(asked.key >> 40)
+        return client is not None and asked.key in client.calls
+
+    def dispatched(self, worker: Rank, key: int, attempt: int, payload: bytes) -> None:
+        asked = self.asked.get(payload)
+        if asked is None:
+            assert payload in self.fanouts.values() or payload.startswith(b"fan"), f"nobody asked {payload!r}"
+            return
+        assert asked.key == key, f"{asked!r} came under another id"
+        assert self.is_open(asked), f"{asked!r} has its answer and is dispatched"
+        assert asked.deaths < MAX_ATTEMPTS, f"{asked!r} has killed {asked.deaths} replicas and is tried again (F4)"
+        assert (worker.name, attempt) not in asked.copies, f"{asked!r} came twice in one attempt"
+        if asked.once:
+            earlier = [back for (_, number), back in asked.copies.items() if number != attempt]
+            assert all(earlier), f"{asked!r} may have started, and is tried again (F3)"
+        asked.copies[worker.name, attempt] = False
+        asked.attempt = attempt
+        if asked.session is not None:
+            self.in_order(asked, worker)
+
+    def in_order(self, asked: Asked, worker: Rank) -> None:
+        """A session's calls start in the order sent, and where its state is (A6, S3)."""
+        session = asked.session or ""
+        for earlier in self.of_session[session]:
+            if earlier is asked:
+                break
+            if self.is_open(earlier):
+                back = earlier.copies.get((worker.name, earlier.attempt), True)
+                assert not back, f"{asked!r} overtakes {earlier!r}"
+        service = self.bench.service()
+        kept = service.sessions[session].state if session in service.sessions else None
+        assert kept is None or session in worker.knows, f"{asked!r} runs without the state of its session (S3)"
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(
+        replicas=st.integers(1, 3),
+        room=st.integers(1, 3),
+        procs=st.sampled_from([1, 1, 1, 2]),
+        loss=st.sampled_from(["restart", "raise"]),
+        queued=st.sampled_from([4, 1000]),
+    )
+    def begin(self, replicas: int, room: int, procs: int, loss: str, queued: int) -> None:
+        self.bench = Bench(max_workers=12, checkpoint_bytes=40, dead_letters=2)
+        self.model = Model(self.bench)
+        self.launches: list[int] = []
+        self.doomed: list[Any] = []  # Kill and KillPeer that the kernel has not carried out yet
+        self.looks: list[str] = []
+        self.workers: list[Rank] = []  # alive
+        self.dead: list[Rank] = []
+        self.mute: set[str] = set()  # alive, on another host, and not heard
+        self.clients: list[ClientPeer] = []
+        self.controls: list[tuple[ClientPeer, int]] = []
+        self.opened: dict[str, ClientPeer] = {}
+        self.count = 0
+        self.owner = self.bench.client()
+        plan = spec(
+            endpoints=tuple(ENDPOINTS),
+            exports=True,
+            num_replicas=replicas,
+            procs=procs,
+            replica_max_concurrent_requests=room,
+            mesh_concurrency=room,
+            on_session_loss=loss,
+            max_queued_requests=queued,
+            max_attempts=MAX_ATTEMPTS,
+        )
+        for one in plan["endpoints"]:
+            one["options"] = EndpointOptions(**ENDPOINTS[one["name"]]).to_wire()
+        self.controls.append((self.owner, self.owner.control("deploy", b"init", spec=plan)))
+        self.clients.append(self.bench.client())
+        self.look_around()
+        for _ in range(replicas * procs):
+            self.join(0)
+        for worker in self.workers:
+            worker.ready()
+            worker.told_ready = 0
+
+    # What the shell would do.
+
+    def look_around(self) -> None:
+        self.launches += [launch.launch for launch in self.bench.of(Launch)]
+        self.doomed += [*self.bench.of(Kill), *self.bench.of(KillPeer)]
+        self.looks += [look.name for look in self.bench.of(Look)]
+
+    @invariant()
+    def the_callers_see_what_was_promised(self) -> None:
+        """Each has at most one reply, which is to its own call; and whoever is HEALTHY has the last weights (A11)."""
+        if not hasattr(self, "bench"):
+            return
+        self.look_around()
+        for asked in self.model.asked.values():
+            result = asked.client.results.get(asked.key & SEQUENCE_MASK)
+            if result is not None and result[0] in (OK, RAISED):
+                assert result[1] == asked.payload, f"{asked!r} has the answer {result[1]!r}"
+            if asked.deaths >= MAX_ATTEMPTS and asked.client in self.clients:
+                assert result is not None, f"{asked!r} killed {MAX_ATTEMPTS} replicas, and nobody was told"
+        for client in self.clients:
+            assert all(sequence <= client.sequence for sequence in client.results), "a reply to what was not asked"
+        self.model.weigh()
+        service = self.bench.state.names.get("Echo")
+        if self.model.weights is not None and service is not None and not self.model.fanouts:
+            for worker in self.workers:
+                known = self.bench.state.workers.get(worker.name)
+                if known is not None and known.replica is not None and known.replica.healthy:
+                    assert self.model.weights in worker.had, f"{worker.name} serves without {self.model.weights!r}"
+
+    def serves(self) -> bool:
+        return "Echo" in self.bench.state.names
+
+    # Clients.
+
+    def client_joins(self, which: int) -> None:
+        self.clients.append(self.bench.client())
+
+    def client_dies(self, which: int) -> None:
+        if len(self.clients) > 1:
+            client = self.clients.pop(which % len(self.clients))
+            self.bench.handle(ProcessGone(client.name))
+            self.controls = [one for one in self.controls if one[0] is not client]
+            self.opened = {sid: owner for sid, owner in self.opened.items() if owner is not client}
+
+    def endpoint_id(self, name: str) -> int:
+        return next(one.id for one in self.bench.service().endpoints if one.name == name)
+
+    def ask(self, client: ClientPeer, name: str, count: int, session: str | None, **columns: Any) -> None:
+        payloads: list[bytes] = []
+        for _ in range(count):
+            self.count += 1
+            payload = f"call {self.count}".encode()
+            key = request_id(client.id, client.sequence + 1 + len(payloads))
+            asked = Asked(payload, client, key, once="delivery" in ENDPOINTS[name], session=session)
+            self.model.asked[payload] = asked
+            if session is not None:
+                self.model.of_session.setdefault(session, []).append(asked)
+                columns["session"] = session
+            payloads.append(payload)
+        client.call(self.endpoint_id(name), *payloads, **columns)
+
+    @precondition(serves)
+    @rule(
+        who=few,
+        name=st.sampled_from(["predict", "predict", *ENDPOINTS]),
+        count=st.integers(1, 4),
+        priority=st.sampled_from([None, None, 1, -1]),
+        timeout=st.sampled_from([None, None, 0.5, 15.0]),
+    )
+    def call(self, who: int, name: str, count: int, priority: int | None, timeout: float | None) -> None:
+        columns = {"priority": priority, "timeout": timeout}
+        given = {column: value for column, value in columns.items() if value is not None}
+        self.ask(self.clients[who % len(self.clients)], name, count, None, **given)
+
+    @precondition(serves)
+    @rule(
+        which=few,
+        name=st.sampled_from(["predict", "once", "slow"]),
+        count=st.integers(1, 3),
+        timeout=st.sampled_from([None, None, 5.0]),
+    )
+    def call_in_session(self, which: int, name: str, count: int, timeout: float | None) -> None:
+        if which >= len(self.opened):
+            self.open_session(which)
+        sid = sorted(self.opened)[which % len(self.opened)]
+        given = {} if timeout is None else {"timeout": timeout}
+        self.ask(self.opened[sid], name, count, sid, **given)
+
+    @precondition(serves)
+    @rule(who=few, name=st.sampled_from(["load", "load", "predict"]), timeout=st.sampled_from([None, 8.0]))
+    def fanout(self, who: int, name: str, timeout: float | None) -> None:
+        client = self.clients[who % len(self.clients)]
+        self.count += 1
+        payload = f"fan {self.count}".encode()
+        if name == "load":
+            self.model.fanouts[client, client.sequence + 1] = payload
+        client.fanout(self.endpoint_id(name), payload, **({} if timeout is None else {"timeout": timeout}))
+
+    @rule(who=few, back=few)
+    def cancel(self, who: int, back: int) -> None:
+        client = self.clients[who % len(self.clients)]
+        if client.sequence:
+            client.cancel(max(1, client.sequence - back))
+
+    def open_session(self, which: int) -> None:
+        client = self.clients[which % len(self.clients)]
+        if len(self.opened) < 3:
+            self.count += 1
+            sid = f"session {self.count}"
+            self.opened[sid] = client
+            self.controls.append((client, client.control("open_session", service="Echo", session=sid, hints={})))
+
+    def close_session(self, which: int) -> None:
+        sid = sorted(self.opened)[which % len(self.opened)]
+        client = self.opened.pop(sid)
+        self.controls.append((client, client.control("close_session", service="Echo", session=sid)))
+
+    # Operators.
+
+    def drain_replica(self, which: int) -> None:
+        replicas = sorted(self.bench.service().replicas) or [0]
+        target = f"Echo/{replicas[which % len(replicas)]}"
+        self.controls.append((self.owner, self.owner.control("drain", target=target)))
+
+    def drain_worker(self, which: int) -> None:
+        worker = self.workers[which % len(self.workers)]
+        if worker.here:  # of one elsewhere that is silent nobody can tell when it is gone
+            self.controls.append((self.owner, self.owner.control("drain", target=worker.name)))
+
+    def restart(self, which: int) -> None:
+        self.controls.append((self.owner, self.owner.control("restart", service="Echo")))
+
+    # Workers.
+
+    def join(self, which: int) -> None:
+        launch = self.launches.pop(which % len(self.launches))
+        self.workers.append(Rank(self.model, {"launch": launch}))
+
+    def launch_fails(self, which: int) -> None:
+        launch = self.launches.pop(which % len(self.launches))
+        self.bench.handle(LaunchEnded(launch, "could not be started: no room", []))
+
+    def join_by_hand(self, which: int) -> None:
+        here = which % 2 == 0
+        worker = Rank(self.model, {} if here else {"host": ELSEWHERE})
+        self.workers.append(worker)
+        if here:
+            self.bench.handle(Watched(worker.name))
+
+    @rule(seconds=st.sampled_from([0.0, 2.0, 40.0]), steps=st.integers(1, 3))
+    def start(self, seconds: float, steps: int) -> None:
+        """What the broker launched says hello, and who is assigned gets ready, or half of it."""
+        self.time_passes(seconds)
+        self.look_around()
+        if steps != 2:
+            while self.launches:
+                self.join(0)
+                self.look_around()
+        if steps != 1:
+            for worker in list(self.workers):
+                self.say_ready(worker)
+
+    def say_ready(self, worker: Rank) -> None:
+        if worker.assigned and worker.told_ready < len(worker.replays) and not worker.stopping:
+            worker.had |= set(worker.replays)
+            worker.told_ready = len(worker.replays)
+            worker.ready(worker.told_ready)
+
+    @precondition(lambda self: any(worker.calls for worker in self.workers))
+    @rule(which=few, at=few, count=st.integers(1, 4), status=st.sampled_from([OK, OK, OK, RAISED, DROPPED]))
+    def reply(self, which: int, at: int, count: int, status: int) -> None:
+        busy = [worker for worker in self.workers if worker.calls]
+        worker = busy[which % len(busy)]
+        for _ in range(min(count, len(worker.calls))):
+            worker.end(at % len(worker.calls), status)
+
+    @precondition(lambda self: any(worker.stopping for worker in self.workers))
+    @rule(which=few, ends=st.integers(0, 3), exports=st.booleans())
+    def leave(self, which: int, ends: int, exports: bool) -> None:
+        """One that is told to stop gives back what it has not started."""
+        told = [worker for worker in self.workers if worker.stopping]
+        self.depart(told[which % len(told)], ends, exports)
+
+    def leave_unasked(self, which: int) -> None:
+        """Its supervisor was told to end."""
+        self.depart(self.workers[which % len(self.workers)], which, True)
+
+    def depart(self, worker: Rank, ends: int, exports: bool) -> None:
+        for _ in range(min(ends, len(worker.calls))):
+            worker.end(0, OK)
+        while worker.calls:
+            worker.end(0, UNTOUCHED)
+        if exports:
+            self.export(worker)
+        worker.say([BYE, "told to stop"])
+        self.process_ends(worker)
+
+    @precondition(lambda self: self.workers)
+    @rule(which=few)
+    def die(self, which: int) -> None:
+        mortal = [worker for worker in self.workers if worker.calls] or self.workers
+        worker = mortal[which % len(mortal)]
+        known = self.bench.state.workers.get(worker.name)
+        if known is not None and known.state is WorkerState.READY and known.replica.healthy:
+            for _, _, payload in worker.calls:
+                asked = self.model.asked.get(payload)
+                if asked is not None and self.model.is_open(asked):
+                    asked.deaths += 1
+        self.process_ends(worker)
+
+    @precondition(lambda self: self.workers)
+    @rule(which=few)
+    def die_and_come_back(self, which: int) -> None:
+        """Once more, for those calls that are in flight each time."""
+        self.die(which)
+        self.start(40.0, 3)
+
+    def process_ends(self, worker: Rank) -> None:
+        self.workers.remove(worker)
+        self.mute.discard(worker.name)
+        self.dead.append(worker)
+        if worker.launch:
+            worker.die()
+        elif worker.here:
+            self.bench.handle(ProcessGone(worker.name))
+
+    def falls_ill(self, which: int) -> None:
+        serving = [worker for worker in self.workers if worker.told_ready >= 0]
+        serving[which % len(serving)].say(
+            [UNREADY, ["ReplicaLost", {"replica": "Echo", "why": "health() is False"}], 0]
+        )
+
+    def checkpoint(self, which: int) -> None:
+        self.export(self.workers[which % len(self.workers)])
+
+    def export(self, worker: Rank) -> None:
+        """The states of the sessions that are here, as the worker knows them: those of which it has run a call."""
+        known = self.bench.state.workers.get(worker.name)
+        if known is None or known.replica is None:
+            return
+        states = {sid: b"state" for sid, idx in known.replica.service.pins.items() if idx == known.replica.idx}
+        if states:
+            for rank in self.workers:  # of a mesh, all ranks are one replica, and the state is what rank 0 says
+                other = self.bench.state.workers.get(rank.name)
+                if other is not None and other.replica is known.replica:
+                    rank.knows |= states.keys()
+            worker.say([STATES, list(states), [5] * len(states)], packed=b"state" * len(states))
+
+    @precondition(lambda self: self.dead)
+    @rule(which=few, lie=st.sampled_from(["late", "epoch", "attempt", "unknown"]))
+    def zombie(self, which: int, lie: str) -> None:
+        """A reply from who is thought dead, or that is not the current one: nobody gets it (W3)."""
+        live = [worker for worker in self.workers if worker.calls]
+        if lie == "late" or not live:
+            worker = self.dead[which % len(self.dead)]
+            held = worker.calls[:1] or [(request_id(self.clients[0].id, max(1, self.clients[0].sequence)), 1, b"")]
+        else:
+            worker = live[which % len(live)]
+            held = worker.calls[:1]
+        ((key, attempt, _),) = held
+        epoch = worker.replica_epoch - (lie == "epoch")
+        attempt += lie == "attempt"
+        key += (1 << 20) * (lie == "unknown")
+        worker.say([REPLIES, epoch, [key], [attempt], [OK], [6]], packed=b"forged")
+
+    def falls_silent(self, which: int) -> None:
+        far = [worker for worker in self.workers if not worker.here]
+        if far:
+            self.mute.add(far[which % len(far)].name)
+
+    def is_heard_again(self, which: int) -> None:
+        quiet = [worker for worker in self.workers if worker.name in self.mute]
+        if quiet:
+            worker = quiet[which % len(quiet)]
+            self.mute.discard(worker.name)
+            for at in range(len(worker.calls) - 1, -1, -1):
+                worker.end(at, OK)
+            worker.whisper([HEARTBEAT, {}])
+
+    # The kernel and the clock.
+
+    @precondition(lambda self: self.doomed)
+    @rule()
+    def the_kernel_obeys(self) -> None:
+        self.look_around()
+        doomed, self.doomed = self.doomed, []
+        for kill in doomed:
+            by_launch = isinstance(kill, Kill)
+            for worker in list(self.workers):
+                if (worker.launch == kill.launch) if by_launch else (worker.name == kill.name):
+                    self.process_ends(worker)
+            if by_launch and kill.launch in self.launches:
+                self.launches.remove(kill.launch)
+                self.bench.handle(LaunchEnded(kill.launch, "signal SIGKILL", []))
+
+    def is_found_stopped(self, which: int) -> None:
+        self.bench.handle(Stopped(self.looks.pop()))
+
+    @rule(seconds=st.sampled_from([0.05, 1.0, 4.0, 25.0]))
+    def time_passes(self, seconds: float) -> None:
+        until = self.bench.now + seconds
+        while self.bench.now < until:
+            self.bench.advance(min(2.0, until - self.bench.now))
+            for worker in self.workers:
+                if not worker.here and worker.name not in self.mute:
+                    worker.whisper([HEARTBEAT, {}])
+
+    # What is rarer than calls, replies and deaths.
+
+    @rule(what=st.sampled_from(sorted(RARE)), which=few)
+    def something_else(self, what: str, which: int) -> None:
+        if RARE[what](self):
+            getattr(self, what)(which)
+
+    # The end.
+
+    def teardown(self) -> None:
+        """Nothing breaks any more: workers start, run what they get and leave when they are told to. Then nobody is left waiting."""
+        if not hasattr(self, "bench"):
+            return
+        until = self.bench.now + SETTLED_AFTER_S
+        self.mute.clear()
+        while self.unanswered() and self.bench.now < until:
+            self.look_around()
+            while self.launches:
+                self.join(0)
+                self.look_around()
+            self.the_kernel_obeys()
+            for worker in list(self.workers):
+                if worker.stopping:
+                    self.depart(worker, 100, True)
+                    continue
+                self.say_ready(worker)
+                while worker.calls:
+                    worker.end(0, OK)
+            self.time_passes(1.0)
+            self.the_callers_see_what_was_promised()
+        assert not self.unanswered(), f"after {SETTLED_AFTER_S} s without a fault {self.unanswered()} wait still"
+        for asked in self.model.asked.values():
+            status = asked.client.results.get(asked.key & SEQUENCE_MASK)
+            if status is not None and status[0] not in (OK, RAISED):
+                error = asked.client.error(asked.key & SEQUENCE_MASK)
+                assert not isinstance(error, PoisonedRequest) or asked.deaths >= MAX_ATTEMPTS, f"{asked!r} is innocent"
+
+    def unanswered(self) -> list[str]:
+        """Calls and controls of the living that have no answer."""
+        waiting = [
+            f"{client.name} call {sequence}"
+            for client in self.clients
+            for sequence in range(1, client.sequence + 1)
+            if sequence not in client.results and sequence not in client.parts
+        ]
+        return waiting + [f"{client.name} control {n}" for client, n in self.controls if n not in client.answers]
+
+
+EXAMPLES = (
+    100 if settings().derandomize else 2_000
+)  # the same ones at every run, or as many others as a search is worth
+
+Machine.TestCase.settings = settings(stateful_step_count=40, max_examples=EXAMPLES)
+test_no_order_of_events_loses_or_doubles_an_answer = Machine.TestCase
