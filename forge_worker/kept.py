@@ -41,6 +41,9 @@ class KeptReplies:
     def __repr__(self) -> str:
         return f"<KeptReplies of {len(self._entries)} envelopes, {self.bytes} of {self.limit} B>"
 
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
     def keep(self, number: int, size: int, columns: Columns) -> None:
         """These have left as envelope `number`."""
         self._entries.append(_Entry(number, size, columns))

@@ -355,5 +355,6 @@ class WorkerLink(PeerLink):
             "rank": held.rank,
             "ready": self._has_setup,
             "running": [[request, attempt] for request, attempt in self.running.items()],
+            "replies": bool(self.kept or self._ids),
             "sessions": sorted(self.sessions),
         }

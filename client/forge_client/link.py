@@ -289,7 +289,13 @@ class ClientLink(PeerLink):
             "role": "client",
             "client": self.client,
             "detached": self._detached,
-            "declares": None if declared is None else {"services": declared.services, "sessions": declared.sessions},
+            "declares": None
+            if declared is None
+            else {
+                "services": declared.services,
+                "sessions": declared.sessions,
+                "waiting": bool(self.unanswered or self._controls),
+            },
         }
 
     def hello_payloads(self) -> list[Payload]:

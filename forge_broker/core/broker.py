@@ -54,6 +54,7 @@ from forge_contract.messages import BROKER_NAME
 if TYPE_CHECKING:
     pass
 
+ASK_AGAIN_S: Final = 0.02  # whether the recovery window may end now, while somebody is awaited
 NEWS_AT_MOST_BYTES: Final = (
     1 << 20
 )  # unacknowledged: who does not read gets no more news, or a stopped client would fill us
@@ -454,6 +455,9 @@ class Broker:
 
     def _recovered(self, now: float) -> None:
         """The window is over: what was asked in it is done as if it came now, the past before the new."""
+        if self.rebuild.is_awaited(now):
+            self.state.deadlines.add(now + ASK_AGAIN_S, Kind.RECOVERED, None)
+            return
         everything = self.rebuild.end(now)
         self._do_asked([asked for asked in everything if is_of_the_past(asked.message)], now)
         self.rebuild.settle(now)

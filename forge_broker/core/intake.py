@@ -118,6 +118,9 @@ class Intake:
                 self._dispatch.ended(request, replica, status, payload, trusted)
             else:
                 self._answers.answer(request, status, payload, trusted)
+            for worker in replica.ranks:
+                if worker is not None:  # it keeps this until the client has it
+                    worker.unsettled.append((worker.channel.received, request, 0))
         elif claim.reserved and all(rank in claim.parts or rank in claim.running for rank in wanted):
             request.holder = replica
             self._state.ledger.held[replica.key][request.id] = request

@@ -58,12 +58,20 @@ class Queue:
         self.length += 1
 
     def push_front(self, requests: Sequence[Request]) -> None:
-        """Return these to the front, in the order given (F2)."""
-        for request in reversed(requests):
-            level = self._level(request.priority)
-            level[request.id] = request
-            level.move_to_end(request.id, last=False)
-            request.holder = self
+        """Return these, which are in their old order, to the front (F2): before all that were never dispatched, and among those that were
+        returned before them by age, for a worker may give back in several envelopes."""
+        for priority in {request.priority for request in requests}:
+            level = self._level(priority)
+            returned = [request for request in requests if request.priority == priority]
+            earlier: list[Request] = []
+            while level and (first := next(iter(level.values()))).attempt and first.queued_at <= returned[-1].queued_at:
+                earlier.append(level.popitem(last=False)[1])
+            if earlier:
+                returned = sorted(earlier + returned, key=lambda request: (request.queued_at, request.id))
+            for request in reversed(returned):
+                level[request.id] = request
+                level.move_to_end(request.id, last=False)
+                request.holder = self
         self.length += len(requests)
 
     def pop(self) -> Request:

@@ -206,6 +206,17 @@ class Rebuild:
 
     # The end of the window.
 
+    def is_awaited(self, now: float) -> bool:
+        """Whether somebody has been welcomed and has not sent yet what its hello announced; for a bounded time."""
+        window = self._window()
+        if now >= window.until + self._state.config.recovery_s:
+            return False
+        return any(
+            link.channel.received == 0
+            and ((link.hello.get("holds") or {}).get("replies") or (link.hello.get("declares") or {}).get("waiting"))
+            for link in self._state.links.values()
+        )
+
     def end(self, now: float) -> list[Asked]:
         """Take stock; returns what was laid aside, for `broker` to do now. Claims stay known until it is done."""
         state, window = self._state, self._window()

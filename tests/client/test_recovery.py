@@ -218,7 +218,11 @@ def test_the_first_hello_declares_nothing_and_a_later_one_what_hangs_on_the_brok
     envelope = decode(who(link))
     ((_, fields, sizes),) = envelope.body
     assert (envelope.epoch, fields["client"]) == (2, 5)
-    assert fields["declares"] == {"services": [{"service": 1}, {"service": 2}], "sessions": [[1, "s", {"k": "v"}]]}
+    assert fields["declares"] == {
+        "services": [{"service": 1}, {"service": 2}],
+        "sessions": [[1, "s", {"k": "v"}]],
+        "waiting": False,
+    }
     assert envelope.payloads.take_all(sizes) == [b"one", [b"doc", b"buffer"]]
 
 
@@ -229,7 +233,7 @@ def test_unanswered_calls_alone_are_reason_enough_to_declare() -> None:
     assert decode(who(link)).body[0][1]["declares"] is None
     link.submit(7, b"a", "a")
     (frames,) = link.flush(3.0)  # the hello is said again
-    assert decode(frames).body[0][1]["declares"] == {"services": [], "sessions": []}
+    assert decode(frames).body[0][1]["declares"] == {"services": [], "sessions": [], "waiting": True}
 
 
 def test_what_is_kept_is_bounded_by_what_is_unanswered() -> None:

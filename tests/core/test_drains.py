@@ -209,6 +209,17 @@ def test_a_drained_replica_sends_its_last_states_and_the_next_one_gets_them() ->
     assert two.seen == [b"2"]
 
 
+def test_what_is_given_back_piece_by_piece_keeps_its_order() -> None:
+    """F2, F9, A6: a worker that leaves may give back what it gets after it began to, in a later envelope."""
+    _, client, (one, two), endpoint = with_session()
+    client.call(endpoint, b"1", b"2", b"3", session="s")
+    client.control("drain", target="Echo/0")
+    for _ in range(3):
+        one.reply(1, status=UNTOUCHED)
+    leave(one)
+    assert two.seen == [b"1", b"2", b"3"]
+
+
 def test_without_a_state_a_session_starts_afresh_or_is_lost_as_the_service_says() -> None:
     """S3: on_session_loss."""
     for choice in ("restart", "raise"):

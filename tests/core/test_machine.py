@@ -1,8 +1,7 @@
 """Whatever clients, workers and the kernel do, in whatever order: a state machine that hypothesis drives over the core's public door.
 
-`peers.Bench` checks the broker's own books after every event (C6). Here a model keeps what callers and workers see: `Model` is
-told of every dispatch, and judges it by what was promised. When the faults are over (`teardown`), everything that was asked has its
-one answer.
+`peers.Bench` checks the broker's own books after every event (C6), `model.Model` is told of every dispatch and judges it by what was
+promised. When the faults are over (`teardown`), everything that was asked has its one answer.
 
 More of it: `pytest tests/core/test_machine.py --hypothesis-profile=search`.
 """
@@ -23,28 +22,21 @@ from forge_broker.core.workers import WorkerState
 from forge_contract.config import EndpointOptions
 from forge_contract.errors import PoisonedRequest
 from forge_contract.messages import (
-    ASSIGN,
     BYE,
-    DISPATCH,
-    DROP,
     DROPPED,
     HEARTBEAT,
-    IMPORT,
     OK,
     RAISED,
-    REPLAY,
     REPLIES,
     SEQUENCE_MASK,
     STATES,
-    STOP,
     UNREADY,
     UNTOUCHED,
     request_id,
 )
-from tests.core.peers import TRUSTED, Bench, ClientPeer, WorkerPeer, spec
+from tests.core.model import ELSEWHERE, MAX_ATTEMPTS, Asked, Model, Rank
+from tests.core.peers import Bench, ClientPeer, spec
 
-ELSEWHERE = "another-host"
-MAX_ATTEMPTS = 3
 SETTLED_AFTER_S = 600.0
 """By then every call must have ended when nothing breaks any more; what waits longest is `no_replica_grace_s` (60 s) after a backoff."""
 
@@ -81,126 +73,6 @@ RARE: dict[str, Callable[[Any], Any]] = {
 """What happens now and then, and when it can."""
 
 
-class Asked:
-    """One call, as the model knows it. Its payload is its name."""
-
-    def __init__(self, payload: bytes, client: ClientPeer, key: int, *, once: bool, session: str | None) -> None:
-        self.payload = payload
-        self.client = client
-        self.key = key
-        self.once = once  # at most once
-        self.session = session
-        self.deaths = 0  # of replicas that died by themselves while they ran it
-        self.copies: dict[tuple[str, int], bool] = {}  # (worker, attempt) → it gave it back untouched
-        self.attempt = 0
-
-    def __repr__(self) -> str:
-        return f"<Asked {self.payload.decode()} of {self.session or 'no session'}>"
-
-
-class Rank(WorkerPeer):
-    """A worker process that tells the model what it is given."""
-
-    def __init__(self, model: Model, hello: dict[str, Any]) -> None:
-        self.model = model
-        self.assigned = False
-        self.told_ready = -1  # how many replays it has told of; -1: not READY yet
-        self.replays: list[bytes] = []
-        self.had: set[bytes] = set()  # weights it has run
-        self.stopping = False
-        self.dropped: set[int] = set()
-        self.knows: set[str] = set()  # sessions whose last state it has
-        super().__init__(model.bench, TRUSTED, {"role": "worker", "gpus": [], "launch": 0, **hello})
-        self.hello()
-
-    def took(self, message: list[Any], payloads: list[Any]) -> None:
-        super().took(message, payloads)
-        if message[0] == ASSIGN:
-            self.assigned = True
-        elif message[0] == REPLAY:
-            self.replays.append(payloads[0])
-        elif message[0] == STOP:
-            self.stopping = True
-        elif message[0] == DROP:
-            self.dropped |= set(message[1])
-        elif message[0] == IMPORT:
-            self.knows.add(message[1])
-        elif message[0] == DISPATCH:
-            attempts = message[5] if isinstance(message[5], list) else [message[5]] * len(message[4])
-            for key, attempt, payload in zip(message[4], attempts, payloads, strict=True):
-                self.model.dispatched(self, key, attempt, payload)
-
-    @property
-    def here(self) -> bool:
-        return bool(self.fields["host"] != ELSEWHERE)
-
-    def end(self, at: int, status: int) -> None:
-        """Answer one of its calls; one that was dropped may say so."""
-        key, attempt, payload = self.calls.pop(at)
-        if status == DROPPED and key not in self.dropped:
-            status = OK
-        if status == OK:
-            self.had.add(payload)
-        if status == UNTOUCHED and (asked := self.model.asked.get(payload)) is not None:
-            asked.copies[self.name, attempt] = True
-        self.say([REPLIES, self.replica_epoch, [key], [attempt], [status], [len(payload)]], packed=payload)
-        self.model.weigh()
-
-
-class Model:
-    """What was asked and who was given what."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.asked: dict[bytes, Asked] = {}
-        self.of_session: dict[str, list[Asked]] = {}  # in the order sent
-        self.fanouts: dict[tuple[ClientPeer, int], bytes] = {}  # of `load`, open: (client, sequence) → weights
-        self.weights: bytes | None = None  # of the last such fan-out that succeeded
-
-    def weigh(self) -> None:
-        """Which fan-outs are over. Of two the one that ended last counts, so this is looked at after each reply."""
-        for (client, sequence), payload in list(self.fanouts.items()):
-            parts = client.parts.get(sequence)
-            if parts and all(status == OK for status, _ in parts.values()):
-                self.weights = payload
-            if parts is not None or sequence in client.results or client.name not in self.bench.state.links:
-                del self.fanouts[client, sequence]
-
-    def is_open(self, asked: Asked) -> bool:
-        client = self.bench.state.clients.get(asked.key >> 40)
-        return client is not None and asked.key in client.calls
-
-    def dispatched(self, worker: Rank, key: int, attempt: int, payload: bytes) -> None:
-        asked = self.asked.get(payload)
-        if asked is None:
-            assert payload in self.fanouts.values() or payload.startswith(b"fan"), f"nobody asked {payload!r}"
-            return
-        assert asked.key == key, f"{asked!r} came under another id"
-        assert self.is_open(asked), f"{asked!r} has its answer and is dispatched"
-        assert asked.deaths < MAX_ATTEMPTS, f"{asked!r} has killed {asked.deaths} replicas and is tried again (F4)"
-        assert (worker.name, attempt) not in asked.copies, f"{asked!r} came twice in one attempt"
-        if asked.once:
-            earlier = [back for (_, number), back in asked.copies.items() if number != attempt]
-            assert all(earlier), f"{asked!r} may have started, and is tried again (F3)"
-        asked.copies[worker.name, attempt] = False
-        asked.attempt = attempt
-        if asked.session is not None:
-            self.in_order(asked, worker)
-
-    def in_order(self, asked: Asked, worker: Rank) -> None:
-        """A session's calls start in the order sent, and where its state is (A6, S3)."""
-        session = asked.session or ""
-        for earlier in self.of_session[session]:
-            if earlier is asked:
-                break
-            if self.is_open(earlier):
-                back = earlier.copies.get((worker.name, earlier.attempt), True)
-                assert not back, f"{asked!r} overtakes {earlier!r}"
-        service = self.bench.service()
-        kept = service.sessions[session].state if session in service.sessions else None
-        assert kept is None or session in worker.knows, f"{asked!r} runs without the state of its session (S3)"
-
-
 class Machine(RuleBasedStateMachine):
     @initialize(
         replicas=st.integers(1, 3),
@@ -222,6 +94,7 @@ class Machine(RuleBasedStateMachine):
         self.controls: list[tuple[ClientPeer, int]] = []
         self.opened: dict[str, ClientPeer] = {}
         self.count = 0
+        self.unnatural = False  # workers were taken for dead that the model knows to be alive
         self.owner = self.bench.client()
         plan = spec(
             endpoints=tuple(ENDPOINTS),
@@ -298,7 +171,9 @@ class Machine(RuleBasedStateMachine):
             self.count += 1
             payload = f"call {self.count}".encode()
             key = request_id(client.id, client.sequence + 1 + len(payloads))
-            asked = Asked(payload, client, key, once="delivery" in ENDPOINTS[name], session=session)
+            options = ENDPOINTS[name]
+            once, hangs = "delivery" in options, "hang_timeout_s" in options
+            asked = Asked(payload, client, key, once=once, hangs=hangs, session=session)
             self.model.asked[payload] = asked
             if session is not None:
                 self.model.of_session.setdefault(session, []).append(asked)
@@ -448,9 +323,10 @@ class Machine(RuleBasedStateMachine):
         mortal = [worker for worker in self.workers if worker.calls] or self.workers
         worker = mortal[which % len(mortal)]
         known = self.bench.state.workers.get(worker.name)
-        if known is not None and known.state is WorkerState.READY and known.replica.healthy:
-            for _, _, payload in worker.calls:
-                asked = self.model.asked.get(payload)
+        self.unnatural |= not worker.here  # the broker learns of it by its silence, later
+        if worker.here and known is not None and known.state is WorkerState.READY and known.replica.healthy:
+            for request in self.bench.state.ledger.held[known.replica.key].values():
+                asked = self.model.asked.get(bytes(request.payload))
                 if asked is not None and self.model.is_open(asked):
                     asked.deaths += 1
         self.process_ends(worker)
@@ -514,6 +390,7 @@ class Machine(RuleBasedStateMachine):
         far = [worker for worker in self.workers if not worker.here]
         if far:
             self.mute.add(far[which % len(far)].name)
+            self.unnatural = True
 
     def is_heard_again(self, which: int) -> None:
         quiet = [worker for worker in self.workers if worker.name in self.mute]
@@ -542,6 +419,7 @@ class Machine(RuleBasedStateMachine):
 
     def is_found_stopped(self, which: int) -> None:
         self.bench.handle(Stopped(self.looks.pop()))
+        self.unnatural = True
 
     @rule(seconds=st.sampled_from([0.05, 1.0, 4.0, 25.0]))
     def time_passes(self, seconds: float) -> None:
@@ -587,7 +465,8 @@ class Machine(RuleBasedStateMachine):
             status = asked.client.results.get(asked.key & SEQUENCE_MASK)
             if status is not None and status[0] not in (OK, RAISED):
                 error = asked.client.error(asked.key & SEQUENCE_MASK)
-                assert not isinstance(error, PoisonedRequest) or asked.deaths >= MAX_ATTEMPTS, f"{asked!r} is innocent"
+                innocent = asked.deaths < MAX_ATTEMPTS and not asked.suspect and not self.unnatural
+                assert not (isinstance(error, PoisonedRequest) and innocent), f"{asked!r} has killed nobody"
 
     def unanswered(self) -> list[str]:
         """Calls and controls of the living that have no answer."""

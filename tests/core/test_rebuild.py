@@ -296,3 +296,28 @@ def test_a_mesh_call_is_matched_rank_by_rank() -> None:
     assert not client.parts
     one.say([REPLIES, 3, [id_of(1)], 1, OK, [1]], packed=b"1")
     assert client.parts[1] == {(0, 0): (OK, b"0"), (0, 1): (OK, b"1")}
+
+
+def test_the_window_waits_for_who_was_welcomed_late_and_has_something_to_say() -> None:
+    """F10: a call welcomed a moment before the end is not run again because its envelope comes a moment after it."""
+    bench = Bench(recovering=True)
+    one, _ = worker_back(bench, 0, replies=True), worker_back(bench, 1)
+    declares = {"services": [deed()], "sessions": [], "waiting": True}
+    bench.advance(bench.state.config.recovery_s - 0.01)
+    client = bench.client(client=OWNER, declares=declares, holdings=[b"init"])
+    bench.advance(0.1)
+    one.say([REPLIES, 3, [id_of(1)], 1, OK, [4]], packed=b"done")
+    bench.advance(0.1)
+    assert bench.state.window is not None
+    client.call(ENDPOINT, b"a", again=True)
+    bench.advance(0.1)
+    assert client.results == {1: (OK, b"done")}
+    assert one.seen == []
+
+
+def test_the_window_does_not_wait_for_ever() -> None:
+    """F10."""
+    bench = Bench(recovering=True)
+    worker_back(bench, 0, replies=True)
+    bench.advance(2 * bench.state.config.recovery_s + 0.1)
+    assert bench.state.window is None

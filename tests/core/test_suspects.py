@@ -7,7 +7,7 @@ import pytest
 from forge_broker.core.actions import Kill, KillPeer, Look
 from forge_broker.core.events import Stopped
 from forge_contract.errors import BadCall, OutcomeUnknown, PoisonedRequest
-from forge_contract.messages import UNREADY, show_request
+from forge_contract.messages import RAISED, UNREADY, show_request
 from tests.core.peers import Bench, WorkerPeer
 
 
@@ -88,6 +88,26 @@ def test_an_ill_replica_is_replaced_and_its_calls_are_no_suspects() -> None:
     assert bench.service().replicas[0].restarts == 1
     (request,) = bench.state.clients[client.id].calls.values()
     assert getattr(request, "deaths", None) == 0
+
+
+def test_what_goes_wrong_for_a_caller_harms_no_replica() -> None:
+    """A5, F5: an exception, a timeout, a cancellation, a client that dies."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    other = bench.client()
+    client.call(endpoint, b"raises")
+    worker.reply(status=RAISED)
+    client.call(endpoint, b"takes long", timeout=1.0)
+    bench.advance(1.5)
+    (given_up,) = client.call(endpoint, b"given up")
+    client.cancel(given_up)
+    other.call(endpoint, b"left behind")
+    bench.handle_gone(other)
+    worker.reply()
+    client.call(endpoint, b"last")
+    assert worker.seen[-1] == b"last"
+    replica = bench.service().replicas[0]
+    assert (replica.healthy, replica.epoch, replica.restarts, replica.deaths) == (True, 1, 0, 0)
+    assert not bench.of(Kill)
 
 
 def test_at_most_once_is_never_tried_again() -> None:

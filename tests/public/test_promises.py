@@ -16,20 +16,18 @@ import pytest
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 
-PROMISED = {"L": 5, "C": 7, "W": 9, "A": 12, "R": 4, "S": 4, "B": 3}
+PROMISED = {"L": 5, "C": 7, "W": 9, "A": 12, "R": 4, "S": 4, "B": 3, "F": 10}
 NOT_YET = {
-    "A11": "endpoints replayed to replicas that come back belong to failures",
     "B1": "batches belong to batching",
     "B2": "batches belong to batching",
     "B3": "batches belong to batching",
-    "S3": "a session's state moves with it when failures are built; until then it starts afresh",
 }
 
 
 def promises_cited(docstring: str) -> set[str]:
     """The numbers in a docstring; `A1–A3` stands for all three."""
-    found = set(re.findall(r"\b[LCWARSB]\d+\b", docstring))
-    for letter, first, last in re.findall(r"\b([LCWARSB])(\d+)\s*[–-]\s*\1(\d+)\b", docstring):
+    found = set(re.findall(r"\b[LCWARSBF]\d+\b", docstring))
+    for letter, first, last in re.findall(r"\b([LCWARSBF])(\d+)\s*[–-]\s*\1(\d+)\b", docstring):
         found |= {f"{letter}{number}" for number in range(int(first), int(last) + 1)}
     return found
 

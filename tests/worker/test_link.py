@@ -293,6 +293,7 @@ def test_a_broker_that_does_not_know_us_is_told_what_we_hold() -> None:
         "rank": 0,
         "ready": True,
         "running": [[2, 1]],
+        "replies": True,
         "sessions": ["s", "t"],
     }
     assert hello.payloads.take_all(sizes) == [b"aa"]
