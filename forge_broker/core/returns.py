@@ -45,8 +45,13 @@ class Returns:
             request.parts = None
             if request.answered:
                 continue
-            if request.gather is not None:
+            if request.gather is not None and (
+                lost or ran or len(request.gather.children) + len(request.gather.parts) == 1
+            ):
                 self._answers.fail(request, ReplicaLost(replica=replica.name, why=why))
+            elif request.gather is not None:
+                # Drained before it began: it is one of the healthy no more, and they are whom a fan-out is for.
+                self._answers.gathered(request.gather, replica.idx, {})
             elif ran and request.endpoint.at_most_once:
                 self._answers.fail(request, OutcomeUnknown(endpoint=request.endpoint.full_name, why=why))
             else:

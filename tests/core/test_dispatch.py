@@ -277,14 +277,17 @@ def test_a_fanout_takes_any_well_formed_columns(columns: Any) -> None:
     assert client.parts[sequence] == {(0, 0): (OK, b"x")}
 
 
-def test_a_fanouts_part_given_back_is_replica_lost() -> None:
-    """A5: there is no other replica it could go to."""
+def test_a_fanouts_part_given_back_is_left_out_unless_it_is_the_only_one() -> None:
+    """A5: there is no other replica it could go to, and this one, which leaves, is one of the healthy no more."""
     _, client, (one, two), endpoint = Bench().serving(2)
     sequence = client.fanout(endpoint)
     one.reply(status=UNTOUCHED)
     two.reply()
+    assert client.parts[sequence] == {(1, 0): (OK, b"x")}
+    _, client, (only,), endpoint = Bench().serving(1)
+    sequence = client.fanout(endpoint)
+    only.reply(status=UNTOUCHED)
     assert client.parts[sequence][0, 0][0] == FAILED
-    assert client.parts[sequence][1, 0] == (OK, b"x")
 
 
 # Meshes.

@@ -274,3 +274,17 @@ def test_a_worker_speaks_for_no_session_but_its_own() -> None:
     assert bench.service().sessions["s"].state is None
     one.die()
     assert imports(two) == []
+
+
+def test_a_replica_that_is_drained_before_it_began_its_part_is_left_out_of_a_fan_out() -> None:
+    """F9, A5: a rolling restart fails no fan-out; what has begun is answered, what is lost still fails."""
+    _, client, (one, two), endpoint = Bench().serving(2, replica_max_concurrent_requests=1)
+    client.call(endpoint, b"a", b"b")
+    sequence = client.fanout(endpoint, b"all")
+    client.control("drain", target="Echo/0")
+    two.reply()
+    two.reply()
+    assert client.parts[sequence] == {(1, 0): (0, b"all")}
+    assert client.results[2][1] == b"b"
+    one.reply()
+    assert client.results[1][1] == b"a"
