@@ -10,6 +10,7 @@ Peers speak through links (hello, numbering: `links`); what they say goes to `di
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from forge_broker.core.actions import Action, Look, Send, Watch
@@ -42,7 +43,6 @@ from forge_broker.core.returns import Returns
 from forge_broker.core.seating import Seating
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
-from forge_broker.core.status import metrics
 from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerState
 from forge_contract import messages
@@ -55,9 +55,6 @@ if TYPE_CHECKING:
     pass
 
 ASK_AGAIN_S: Final = 0.02  # whether the recovery window may end now, while somebody is awaited
-NEWS_AT_MOST_BYTES: Final = (
-    1 << 20
-)  # unacknowledged: who does not read gets no more news, or a stopped client would fill us
 
 
 class Broker:
@@ -77,6 +74,21 @@ class Broker:
         self.drains = Drains(self.state, self.lifecycle)
         self.rebuild = Rebuild(state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch)
         self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, telling)
+        # Who looks when a time has come. Each is given the entry's key, and looks at what is there now.
+        self._due: dict[Kind, Callable[[Any, float], None]] = {
+            Kind.CALL: self.endings.expire,
+            Kind.HANG: self.lifecycle.hung,
+            Kind.KILL: self.lifecycle.kill_overdue,
+            Kind.LINK: self._link_due,
+            Kind.METRICS: telling.news,
+            Kind.NO_REPLICA: self.dispatch.give_up_waiting,
+            Kind.RECOVERED: self._recovered,
+            Kind.RESTART: self.lifecycle.restart,
+            Kind.SESSION: self.sessions.idle,
+            Kind.SILENCE: self._silence,
+            Kind.SLOT: self.seating.free_slot,
+            Kind.START: self.lifecycle.start_overdue,
+        }
         if state.recovering:
             self.rebuild.open(state.started_at)
 
@@ -115,7 +127,7 @@ class Broker:
         if due is None or due > now:
             return []
         for kind, key in self.state.deadlines.due(now):
-            self._look_at(kind, key, now)
+            self._due[kind](key, now)
         return self._settled(now)
 
     def next_deadline(self) -> float | None:
@@ -149,41 +161,6 @@ class Broker:
         return actions
 
     # Deadlines.
-
-    def _look_at(self, kind: Kind, key: Any, now: float) -> None:
-        state = self.state
-        if kind is Kind.CALL:
-            self.endings.expire(key, now)
-        elif kind is Kind.LINK:
-            self._link_due(key, now)
-        elif kind is Kind.SILENCE:
-            self._silence(key, now)
-        elif kind is Kind.METRICS and key in state.services:
-            service = state.services[key]
-            service.metrics_at = 0.0
-            for name in list(service.watchers):
-                link = state.links.get(name)
-                if link is None:
-                    service.watchers.discard(name)
-                elif link.channel.kept_bytes < NEWS_AT_MOST_BYTES:
-                    link.post([messages.NOTICE, "metrics", {"service": key, "snapshot": metrics(service, now)}])
-                    state.deliver(link)
-        elif kind is Kind.NO_REPLICA and key in state.services:
-            self.dispatch.give_up_waiting(state.services[key], now)
-        elif kind is Kind.SESSION and key[0] in state.services:
-            self.sessions.idle(state.services[key[0]], key[1], now)
-        elif kind is Kind.START:
-            self.lifecycle.start_overdue(key, now)
-        elif kind is Kind.RESTART:
-            self.lifecycle.restart(key, now)
-        elif kind is Kind.KILL:
-            self.lifecycle.kill_overdue(key, now)
-        elif kind is Kind.RECOVERED:
-            self._recovered(now)
-        elif kind is Kind.HANG:
-            self.lifecycle.hung(key, now)
-        elif kind is Kind.SLOT:
-            self.seating.free_slot(key, now)
 
     def _silence(self, name: str, now: float) -> None:
         """On another host, silence is death; here the kernel tells, and silence is *busy* (F1)."""
@@ -453,7 +430,7 @@ class Broker:
         else:
             raise ProtocolError(f"{messages.NAMES.get(kind, kind)} from a client")
 
-    def _recovered(self, now: float) -> None:
+    def _recovered(self, _: None, now: float) -> None:
         """The window is over: what was asked in it is done as if it came now, the past before the new."""
         if self.rebuild.is_awaited(now):
             self.state.deadlines.add(now + ASK_AGAIN_S, Kind.RECOVERED, None)

@@ -403,8 +403,11 @@ class Dispatch:
             service.grace_at = now + service.config.no_replica_grace_s
             self._state.deadlines.add(service.grace_at, Kind.NO_REPLICA, service.id)
 
-    def give_up_waiting(self, service: Service, now: float) -> None:
+    def give_up_waiting(self, service_id: int, now: float) -> None:
         """The grace of `_await_replica` is over for some."""
+        service = self._state.services.get(service_id)
+        if service is None:
+            return
         service.grace_at = None
         if service.pool.members or service.unhealthy_since is None:
             return

@@ -80,11 +80,12 @@ class Sessions:
         session.state = Checkpoint(payload, size, trusted)
         state.checkpoint_bytes += size
 
-    def idle(self, service: Service, sid: str, now: float) -> None:
-        """`session_ttl_s` may have passed without use; a call that waits or runs is use."""
-        session = service.sessions.get(sid)
-        ttl = service.config.session_ttl_s
-        if session is None or ttl is None:
+    def idle(self, key: tuple[int, str], now: float) -> None:
+        """`session_ttl_s` may have passed without use; a call that waits or runs is use. `key`: service id, session id."""
+        service_id, sid = key
+        service = self._state.services.get(service_id)
+        session = None if service is None else service.sessions.get(sid)
+        if service is None or session is None or (ttl := service.config.session_ttl_s) is None:
             return
         if self._busy(service, sid):
             session.used_at = now
@@ -92,7 +93,7 @@ class Sessions:
             self._state.story.tell(now, sid, f"closed after {ttl} s without use")
             self.close(service, sid, f"unused for {ttl} s", now)
         else:
-            self._state.deadlines.add(session.used_at + ttl, Kind.SESSION, (service.id, sid))
+            self._state.deadlines.add(session.used_at + ttl, Kind.SESSION, key)
 
     def _busy(self, service: Service, sid: str) -> bool:
         if service.sessions[sid].unpinned or service.sessions[sid].suspects:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from forge_broker.core.clients import Client
 from forge_broker.core.services import Service
@@ -10,6 +10,9 @@ from forge_broker.core.state import State
 from forge_broker.core.status import metrics
 from forge_contract.framing import Payload
 from forge_contract.messages import ANSWER, NOTICE
+
+# Unacknowledged: who does not read gets no more news, or a stopped client would fill us.
+NEWS_AT_MOST_BYTES: Final = 1 << 20
 
 
 class Telling:
@@ -30,6 +33,20 @@ class Telling:
             link = self._state.links.get(name)
             if link is not None:
                 link.post([NOTICE, topic, {"service": service.id, **fields}])
+                self._state.deliver(link)
+
+    def news(self, service_id: int, now: float) -> None:
+        """A snapshot of its metrics is due (X4)."""
+        service = self._state.services.get(service_id)
+        if service is None:
+            return
+        service.metrics_at = 0.0
+        for name in list(service.watchers):
+            link = self._state.links.get(name)
+            if link is None:
+                service.watchers.discard(name)
+            elif link.channel.kept_bytes < NEWS_AT_MOST_BYTES:
+                link.post([NOTICE, "metrics", {"service": service_id, "snapshot": metrics(service, now)}])
                 self._state.deliver(link)
 
     def describe(self, service: Service, now: float) -> dict[str, Any]:
