@@ -21,6 +21,9 @@ from forge_contract.framing import Envelope, Frame, Outbox, Payload, decode, enc
 from forge_contract.messages import BROKER_NAME, BYE, HELLO, PROBE, REFUSE, WELCOME, WHO
 
 HELLO_AGAIN_S: Final = 1.0
+# Having heard nothing for so long we ask: a broker that took us for dead meanwhile has no reason to say so by itself, and
+# we might wait for an answer for ever.
+ASK_AFTER_S: Final = 5.0
 
 
 class LinkState(enum.Enum):
@@ -40,6 +43,7 @@ class PeerLink:
         self.channel = Channel()
         self.refused_envelopes = 0  # of another epoch or incarnation, or no envelopes at all
         self._hello_due = now
+        self._ask_due = now  # once the link is open
         self._ready: list[list[Frame]] = []  # to be sent again, before anything new
         self._leaving = False  # bye was said
 
@@ -95,6 +99,7 @@ class PeerLink:
         if envelope.sender != BROKER_NAME or self.state is LinkState.CLOSED:
             self.refused_envelopes += 1
             return
+        self._ask_due = now + ASK_AFTER_S
         if envelope.epoch not in (self.channel.epoch, 0):  # 0: a refusal by one that could not read our epoch
             self.refused_envelopes += 1
             return
@@ -133,7 +138,8 @@ class PeerLink:
         if self.state is not LinkState.OPEN:
             return []
         due = self.channel.due(now)
-        if due is Due.PROBE:
+        if due is Due.PROBE or self._ask_due <= now:
+            self._ask_due = now + ASK_AFTER_S
             self._probe()
         ready, self._ready = self._ready, []
         if len(self.outbox):
@@ -146,7 +152,10 @@ class PeerLink:
         """When to call `flush` again though nothing came in; None: not before something does."""
         if self.state is LinkState.GREETING:
             return self._hello_due
-        return self.channel.next_deadline() if self.state is LinkState.OPEN else None
+        if self.state is not LinkState.OPEN:
+            return None
+        due = self.channel.next_deadline()
+        return self._ask_due if due is None else min(due, self._ask_due)
 
     def bye(self, reason: str) -> None:
         """Leave on purpose with the next flush; the shell then lingers and calls `close`."""

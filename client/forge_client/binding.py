@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Target:
     """One endpoint of a bound service: what a call needs to be judged, addressed and read."""
 
-    __slots__ = ("binding", "client", "id", "label", "least", "matcher", "most", "name", "timeout")
+    __slots__ = ("binding", "client", "id", "label", "least", "matcher", "most", "name", "replay_last", "timeout")
 
     def __init__(self, binding: Binding, name: str, number: int, matcher: Matcher, timeout: float | None) -> None:
         self.binding = binding
@@ -37,6 +37,7 @@ class Target:
         self.least = matcher.least
         self.most = matcher.most
         self.timeout = timeout
+        self.replay_last = False
 
 
 class Binding:
@@ -52,6 +53,9 @@ class Binding:
         self.deed: tuple[dict[str, Any], Payload] | None = None
         self.over: Callable[[], Exception] | None = None
         self.sessions: dict[str, Session] = {}
+        # By endpoint the arguments of the last fan-out that every replica has had (A11), oldest first: a broker that comes
+        # back plays them to replicas that start later.
+        self.replays: dict[int, Payload] = {}
         self._stopping: asyncio.Future[dict[str, Any]] | None = None
         try:
             self.service = int(description["service"])
@@ -72,6 +76,8 @@ class Binding:
                 )
                 for name, number in description["endpoints"].items()
             }
+            for name, target in self.targets.items():
+                target.replay_last = options.get(name, {}).get("replay_last") is True
             self.metrics = Metrics(description.get("metrics"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(f"a service was described in no known form: {error!r}") from error
@@ -95,6 +101,10 @@ class Binding:
     @property
     def detached(self) -> bool:
         return self.description.get("detached") is True
+
+    def keep_replay(self, endpoint: int, payload: Payload) -> None:
+        self.replays.pop(endpoint, None)
+        self.replays[endpoint] = payload
 
     def declared_sessions(self) -> list[list[Any]]:
         """The sessions of this service that are open here, as a hello declares them."""

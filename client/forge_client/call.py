@@ -10,6 +10,8 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from forge_client.client import Client
     from forge_client.replies import Reader
 
@@ -17,9 +19,12 @@ if TYPE_CHECKING:
 class Call(asyncio.Future[Any]):
     """Cancelling it, as cancelling a task that awaits it does, cancels the call."""
 
-    __slots__ = ("client", "reader", "seq")
+    __slots__ = ("client", "reader", "replay", "seq")
     client: Client
     reader: Reader
+    replay: Callable[
+        [], None
+    ]  # of a fan-out that is played to newcomers (A11): what is done when every replica has had it
     seq: int  # 0 before it was submitted
 
     def cancel(self, msg: Any | None = None) -> bool:

@@ -375,10 +375,12 @@ class Client:
         if not bindings:
             return None
         deeds = [binding.deed for binding in bindings if binding.deed is not None]
+        replays = [one for binding in bindings if not binding.over for one in binding.replays.items()]
         return Declared(
             services=[deed for deed, _ in deeds],
             sessions=[row for binding in bindings for row in binding.declared_sessions()],
-            payloads=[payload for _, payload in deeds],
+            replays=[endpoint for endpoint, _ in replays],
+            payloads=[payload for _, payload in (*deeds, *replays)],
         )
 
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Payload]) -> None:
@@ -401,6 +403,9 @@ class Client:
     ) -> None:
         if waiter is None:
             return
+        replay = getattr(waiter, "replay", None)  # a slot that only fan-outs fill
+        if replay is not None and all(status == OK for status in statuses):
+            replay()
         try:
             value = waiter.reader.parts(trusted, points, statuses, payloads)
         except Exception as error:

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from forge_client.call import Call
@@ -234,6 +235,8 @@ class ServiceEndpoint(_Endpoint):
         call.reader = self._fan_reader
         extras = self._extras(None, None)
         call.seq = client.link.fanout(target.id, payload, call, extras)
+        if target.replay_last:
+            call.replay = partial(target.binding.keep_replay, target.id, payload)
         if extras is not None and extras.deadline is not None and self._timeout is not None:
             client.guard(call.seq, extras.deadline, self._timeout)
         client.touch()

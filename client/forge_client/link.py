@@ -44,7 +44,8 @@ class Declared(NamedTuple):
 
     services: list[dict[str, Any]]  # deeds
     sessions: list[list[Any]]  # [service, session, hints, used]
-    payloads: list[Payload]  # the constructor's arguments for each deed
+    payloads: list[Payload]  # the constructor's arguments for each deed, then those of each replay
+    replays: list[int] = []  # noqa: RUF012 - endpoints whose last fan-out newcomers are to have (A11)
 
 
 class Listener(Protocol):
@@ -294,6 +295,7 @@ class ClientLink(PeerLink):
             else {
                 "services": declared.services,
                 "sessions": declared.sessions,
+                "replays": declared.replays,
                 "waiting": bool(self.unanswered or self._controls),
             },
         }

@@ -197,6 +197,8 @@ class Broker:
         # A tool that only looks comes and goes with every `forge status`.
         state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
         client.gone = True
+        if state.claims:
+            state.claims = {one: claim for one, claim in state.claims.items() if messages.client_of(one) != client.id}
         del state.links[client.name]
         self.endings.drop_client(client, now)
         del state.clients[client.id]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from forge_broker.core.clients import Client
 from forge_broker.core.replicas import Replica
+from forge_broker.core.services import Replay
 from forge_broker.core.workers import Worker
 from forge_contract.framing import Payload
 from forge_contract.messages import Message
@@ -61,6 +62,7 @@ class Window:
         self.homes: dict[tuple[int, str], Replica] = {}  # (service, session) → where it lives
         self.states: dict[tuple[int, str], tuple[Replica, Payload, bool]] = {}  # their checkpoints, with the stamp
         self.sessions: list[Declared] = []
+        self.replays: list[tuple[int, Replay]] = []  # by endpoint, of clients that sent the last fan-out
         self.owners: dict[int, int] = {}  # service → the client id it ends with, 0: none
         self.declared: dict[int, Client] = {}  # service → its owner, come back
         self.asked: list[Asked] = []

@@ -16,17 +16,18 @@ from forge_broker.core.columns import read_replies, read_states
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.lifecycle import Lifecycle
+from forge_broker.core.links import Link
 from forge_broker.core.placement import Seat
 from forge_broker.core.replicas import Replica, ReplicaState
 from forge_broker.core.seating import Seating
-from forge_broker.core.services import Service, read_spec
+from forge_broker.core.services import Replay, Service, read_spec
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
 from forge_broker.core.status import missing
 from forge_broker.core.workers import Worker
 from forge_contract.errors import Overloaded, ProtocolError, ServiceStopped
 from forge_contract.framing import Payload, Payloads, weigh
-from forge_contract.messages import CALLS, CONTROL, FANOUT, Message
+from forge_contract.messages import CALLS, CONTROL, FANOUT, Message, client_of
 
 _SIZES: Final = {CALLS: 3, FANOUT: 3, CONTROL: 4}  # where a message of a client names its payloads
 _AT_ONCE: Final = frozenset({"status", "workers", "explain", "dead_list"})
@@ -119,10 +120,15 @@ class Rebuild:
         declared = client.hello["declares"]
         deeds = declared.get("services") if isinstance(declared, dict) else None
         sessions = declared.get("sessions") if isinstance(declared, dict) else None
-        if not isinstance(deeds, list) or not isinstance(sessions, list) or len(deeds) != len(payloads):
-            raise ProtocolError("HELLO: declares has services, with a payload each, and sessions")
+        replays = declared.get("replays", []) if isinstance(declared, dict) else None
+        if not (isinstance(deeds, list) and isinstance(sessions, list) and isinstance(replays, list)):
+            raise ProtocolError("HELLO: declares has services, sessions and replays")
+        if len(deeds) + len(replays) != len(payloads) or set(map(type, replays)) - {int}:
+            raise ProtocolError("HELLO: declares has a payload for each service and each replay")
         window = self._window()
-        for deed, init in zip(deeds, payloads, strict=True):
+        for endpoint, payload in zip(replays, payloads[len(deeds) :], strict=True):
+            window.replays.append((endpoint, Replay(payload, client.trusted)))
+        for deed, init in zip(deeds, payloads, strict=False):
             service = self._service(deed, init, client.trusted, now)
             if window.owners[service.id] == client.id:
                 window.declared[service.id] = client
@@ -211,11 +217,7 @@ class Rebuild:
         window = self._window()
         if now >= window.until + self._state.config.recovery_s:
             return False
-        return any(
-            link.channel.received == 0
-            and ((link.hello.get("holds") or {}).get("replies") or (link.hello.get("declares") or {}).get("waiting"))
-            for link in self._state.links.values()
-        )
+        return any(map(self._owes, self._state.links.values()))
 
     def end(self, now: float) -> list[Asked]:
         """Take stock; returns what was laid aside, for `broker` to do now. Claims stay known until it is done."""
@@ -232,6 +234,10 @@ class Rebuild:
             elif owner:
                 gone = ServiceStopped(service=service.name, why=": the client that started it did not come back")
                 self._lifecycle.stop_service(service, gone, now)
+        for endpoint_id, replay in window.replays:
+            endpoint = state.endpoints.get(endpoint_id)
+            if endpoint is not None and endpoint.replay_last:
+                endpoint.service.replays[endpoint.method] = replay
         for service in list(state.services.values()):
             if service.stopping is None:
                 self._lifecycle.resume(service, now)
@@ -282,6 +288,13 @@ class Rebuild:
                 worker.add_forget(sid)
                 self._state.deliver(worker)
 
+    def _owes(self, link: Link | None) -> bool:
+        """Whether this peer announced something in its hello and has not said a word since."""
+        if link is None or link.channel.received:
+            return False
+        announced = link.hello.get("holds") or link.hello.get("declares") or {}
+        return bool(announced.get("replies") is True or announced.get("waiting"))
+
     def settle(self, now: float) -> None:
         """All that was asked has been done: what is still claimed, nobody waits for."""
         for request, claim in self._state.claims.items():
@@ -292,7 +305,12 @@ class Rebuild:
                 if self._state.workers.get(worker.name) is worker:
                     worker.add_drop(request)
                     self._state.deliver(worker)
-        self._state.claims = {}
+        # Who announced calls and still has not sent them will find what was answered; what runs was dropped above.
+        self._state.claims = {
+            request: claim
+            for request, claim in self._state.claims.items()
+            if claim.parts and not claim.running and self._owes(self._state.clients.get(client_of(request)))
+        }
         for service in self._state.services.values():
             self._dispatch.pump(service, now)
 

@@ -27,7 +27,7 @@ from forge_contract.messages import (
     WELCOME,
     WHO,
 )
-from forge_contract.peer_link import LinkState
+from forge_contract.peer_link import ASK_AFTER_S, LinkState
 from tests.client.test_link import Heard, broker_says, opened, said
 
 SUCCESSOR = 78
@@ -221,6 +221,7 @@ def test_the_first_hello_declares_nothing_and_a_later_one_what_hangs_on_the_brok
     assert fields["declares"] == {
         "services": [{"service": 1}, {"service": 2}],
         "sessions": [[1, "s", {"k": "v"}]],
+        "replays": [],
         "waiting": False,
     }
     assert envelope.payloads.take_all(sizes) == [b"one", [b"doc", b"buffer"]]
@@ -233,7 +234,7 @@ def test_unanswered_calls_alone_are_reason_enough_to_declare() -> None:
     assert decode(who(link)).body[0][1]["declares"] is None
     link.submit(7, b"a", "a")
     (frames,) = link.flush(3.0)  # the hello is said again
-    assert decode(frames).body[0][1]["declares"] == {"services": [], "sessions": [], "waiting": True}
+    assert decode(frames).body[0][1]["declares"] == {"services": [], "sessions": [], "replays": [], "waiting": True}
 
 
 def test_what_is_kept_is_bounded_by_what_is_unanswered() -> None:
@@ -313,7 +314,7 @@ def test_a_probe_that_is_lost_is_said_again() -> None:
     link, _ = opened()
     link.disconnected(1.5)
     link.submit(7, b"a", "a")
-    assert link.next_deadline() is None  # nothing to do before there is a connection
+    assert link.next_deadline() == 1.0 + ASK_AFTER_S  # nothing to do before there is a connection, or a long silence
     link.reconnected(2.0)
     assert said(link, 2.0) == [[PROBE]]
     assert link.next_deadline() == 2.0 + PROBE_AFTER_S

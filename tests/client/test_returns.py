@@ -178,6 +178,7 @@ async def test_the_successor_is_told_of_services_and_sessions(broker: Served) ->
             }
         ],
         "sessions": [[1, session, {"user": "ada"}, False]],
+        "replays": [],
         "waiting": True,
     }
 

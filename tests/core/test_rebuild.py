@@ -9,7 +9,7 @@ import pytest
 from forge_broker.core.actions import Launch
 from forge_broker.core.replicas import ReplicaState
 from forge_contract.errors import OutcomeUnknown
-from forge_contract.messages import DROP, IMPORT, OK, REFUSE, REPLIES, SETTLED, STATES, STOP, request_id
+from forge_contract.messages import DROP, IMPORT, OK, REFUSE, REPLAY, REPLIES, SETTLED, STATES, STOP, request_id
 from tests.core.peers import TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer, spec
 
 SERVICE, ENDPOINT = 5, 6
@@ -321,3 +321,20 @@ def test_the_window_does_not_wait_for_ever() -> None:
     worker_back(bench, 0, replies=True)
     bench.advance(2 * bench.state.config.recovery_s + 0.1)
     assert bench.state.window is None
+
+
+def test_the_last_fan_out_is_played_to_those_who_start_after_the_window() -> None:
+    """F10, A11: the client that sent it remembers it; who came back has had it."""
+    bench = Bench(recovering=True)
+    of = deed(endpoint_options={"replay_last": True})
+    one = bench.worker(launch=9, holds=holds(0, of=of), holdings=[b"init"])
+    declares = {"services": [of], "sessions": [], "replays": [ENDPOINT]}
+    bench.client(client=OWNER, declares=declares, holdings=[b"init", b"weights"])
+    end_window(bench)
+    (newcomer,) = bench.launched()
+    assert [payloads[0] for message, payloads in newcomer.heard if message[0] == REPLAY] == [b"weights"]
+    assert not one.of(REPLAY)
+    newcomer.ready(played=0)
+    assert not bench.service().replicas[1].healthy
+    newcomer.ready(played=1)
+    assert bench.service().replicas[1].healthy

@@ -13,8 +13,8 @@ from forge_client.link import ClientLink, Declared
 from forge_client.outgoing import Extras
 from forge_contract.config import EndpointOptions, ServiceConfig
 from forge_contract.errors import ForgeError, OutcomeUnknown
-from forge_contract.framing import encode
-from forge_contract.messages import FAILED, HEARTBEAT, UNTOUCHED
+from forge_contract.framing import Payload, encode
+from forge_contract.messages import FAILED, HEARTBEAT, OK, UNTOUCHED
 from forge_contract.peer_link import LinkState, PeerLink
 from forge_worker.link import Assign, Drop, Forget, Import, Replay, Run, Stop, Welcomed, WorkerLink
 from tests.face_to_face.network import Connection
@@ -124,6 +124,7 @@ class Reply:
         self.trusted: bool | None = None
         self.points: list[list[int]] | None = None
         self.sequence = 0
+        self.replay: tuple[int, bytes] | None = None  # of a fan-out that newcomers are to have
 
     @property
     def done(self) -> bool:
@@ -167,6 +168,9 @@ class SimClient(Peer):
         self.was_lost = False  # by a broker, or by its successor: too late for the recovery window
         self.deeds: dict[int, dict[str, Any]] = {}  # by service: of those that end with this client
         self.sessions: dict[str, list[Any]] = {}  # as a hello declares them
+        self.replays: dict[
+            int, bytes
+        ] = {}  # endpoint → arguments of its last successful fan-out, for those that are replayed
         self.beat()
         self.flush()
 
@@ -242,6 +246,8 @@ class SimClient(Peer):
     def fanout(self, service: dict[str, Any], endpoint: str = "echo", payload: bytes = b"x") -> Reply:
         reply = Reply()
         reply.sequence = self.link.fanout(service["endpoints"][endpoint], payload, reply)
+        if service["options"][endpoint]["replay_last"]:
+            reply.replay = service["endpoints"][endpoint], payload
         self.flush()
         return reply
 
@@ -264,7 +270,9 @@ class SimClient(Peer):
     def declares(self) -> Declared | None:
         if not self.deeds and not self.sessions:
             return None
-        return Declared([*self.deeds.values()], [*self.sessions.values()], [b"init"] * len(self.deeds))
+        payloads: list[Payload] = [b"init"] * len(self.deeds)
+        payloads += self.replays.values()
+        return Declared([*self.deeds.values()], [*self.sessions.values()], payloads, list(self.replays))
 
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Any]) -> None:
         for waiter, status, payload in zip(waiters, statuses, payloads, strict=True):
@@ -276,6 +284,10 @@ class SimClient(Peer):
     ) -> None:
         if waiter is not None:
             waiter.points = points
+            if waiter.replay is not None and set(statuses) == {OK}:
+                endpoint, arguments = waiter.replay
+                self.replays.pop(endpoint, None)
+                self.replays[endpoint] = arguments
             waiter.take(None, list(zip(statuses, payloads, strict=True)), trusted)
 
     def answer(self, waiter: Any, ok: bool, fields: dict[str, Any], payload: Any) -> None:

@@ -262,7 +262,8 @@ class Storm:
             if call.kind == "pay":
                 assert self.executed[call.payload] <= 1, f"at most once, and ran {self.executed[call.payload]} times"
             if call.payload.endswith(POISON):
-                assert reply.error == "PoisonedRequest", f"poison ended with {reply.status}, {reply.error}"
+                ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_away(self.near)
+                assert reply.error == "PoisonedRequest" or ended, f"poison ended with {reply.status}, {reply.error}"
                 # A death that the broker chose (a drain, a stopped process) convicts nobody, though poison was its cause.
                 chosen = ("broker killed", "drained worker", "drain or restart", "paused", "half_open")
                 often = self.executed[call.payload] > 3 and not any(self.world.faults[one] for one in chosen)

@@ -102,3 +102,17 @@ def test_a_reply_lost_on_its_way_is_sent_again_under_the_new_routing_id() -> Non
     assert (call.replies, call.payload, len(world.history)) == (1, b"once", 1)
     assert worker.connection.routing_id != before
     assert world.broker.state.links[worker.link.name].route[1] == worker.connection.routing_id
+
+
+def test_a_peer_that_was_taken_for_dead_asks_and_does_not_wait_for_ever() -> None:
+    """W4, F5: a client on another host slept for too long; its broker has forgotten it, and it has nothing to send."""
+    world = World()
+    world.actor = lambda worker, method, payload: (30.0, OK, payload)
+    owner, sleeper = world.client(), world.client(host="another-host")
+    service = owner.deploy(num_replicas=1)
+    call = sleeper.call(service)
+    world.run_for(0.5)
+    sleeper.pause()
+    world.run_for(8.0)
+    sleeper.resume()
+    world.run_until(lambda: call in sleeper.lost_waiters, 10.0)

@@ -525,3 +525,17 @@ def test_a11_a_replica_that_starts_while_weights_are_sent_has_them_before_it_is_
     assert not world.broker.state.services[service["service"]].replicas[0].healthy
     world.run_until(lambda: replica_of(world, service, 0)["state"] == "HEALTHY")
     assert world.replays == [(world.workers_of("Sim/0")[0].link.name, b"of today")]
+
+
+def test_the_last_weights_outlive_the_broker() -> None:
+    """A11, F10: a replica that dies after the broker came back has them again before it is HEALTHY."""
+    world = World()
+    client = world.client()
+    service = client.deploy(num_replicas=2, endpoints={"echo": {}, "load": {"replay_last": True}})
+    loaded = client.fanout(service, "load", b"weights")
+    world.run_until(lambda: loaded.done)
+    world.kill_broker()
+    world.run_for(6.0)
+    world.workers_of("Sim/0")[0].die()
+    world.run_until(lambda: replica_of(world, service)["restarts"] == 1 and bool(replica_of(world, service)["healthy"]))
+    assert [arguments for _, arguments in world.replays] == [b"weights"]
