@@ -98,9 +98,8 @@ class Intake:
         if stateless:
             routed = 0
             if in_order and not service.ready and not queue.length:
-                routed = self._dispatch.route_all(
-                    stateless, endpoint, now
-                )  # nobody waits: what `pump` would do, at once
+                # Nobody waits: what `pump` would do, at once.
+                routed = self._dispatch.route_all(stateless, endpoint, now)
             self._enqueue(stateless[routed:], endpoint, now)
         self._dispatch.pump(service, now)
 

@@ -228,6 +228,11 @@ class Storm:
 
     def _judge(self) -> None:
         self.forgetful |= self.world.states_lost
+        if self.world.faults["broker killed"]:
+            # A reply may die with its broker and its worker while the checkpoint that includes it lives in the session's next
+            # worker: the call runs again (it is delivered at least once), on a state that has it already.
+            sent = [call for call in self.calls if call.session is not None]
+            self.forgetful |= any(self.executed[call.payload] > 1 for call in sent)
         twice = [where for where, count in self.executed_by.items() if count > 1]
         assert not twice, f"run twice by one worker, which no death explains: {twice}"
         counts: Counter[str] = Counter()
