@@ -135,7 +135,10 @@ class WorkerLink(PeerLink):
         super().__init__(name, now)
         self.assignment: Assignment | None = None
         self.running: dict[int, int] = {}  # request id -> attempt, until replied
-        self.sessions: set[str] = set()  # that we have served, and were not told to forget
+        # That we have served, and were not told to forget, with the time of their last call or import: of two workers that
+        # hold a session, one is a zombie that was taken for dead, and the later one is right.
+        self.sessions: dict[str, float] = {}
+        self._clock = now  # when we were told the time last
         self.kept = KeptReplies()
         self.refused_messages = 0  # of a form we do not know, or for an epoch that is not ours
         self.trusted = False  # the trust of our own address, which our replies are encoded by
@@ -201,6 +204,7 @@ class WorkerLink(PeerLink):
         return encode(self.name, self.channel.epoch, self.incarnation, 0, 0, [[HEARTBEAT, dict(fields)]])
 
     def flush(self, now: float) -> list[list[Frame]]:
+        self._clock = now
         if self.state is LinkState.OPEN:  # until then it stays gathered: what was kept goes first
             self._gather()
         return super().flush(now)
@@ -242,6 +246,7 @@ class WorkerLink(PeerLink):
         self._instructions.append(Refused(error))
 
     def on_envelope(self, envelope: Envelope, now: float) -> None:
+        self._clock = now
         try:
             for message in envelope.body:
                 self._hear(message, envelope)
@@ -276,11 +281,12 @@ class WorkerLink(PeerLink):
         elif kind == IMPORT:
             _, session, trusted, size = message
             payload = envelope.payloads.take(size)
-            self.sessions.add(str(session))
+            self.sessions[str(session)] = self._clock
             self._instructions.append(Import(str(session), trusted is True, payload))
         elif kind == FORGET:
             ended = [str(session) for session in message[1]]
-            self.sessions.difference_update(ended)
+            for one in ended:
+                self.sessions.pop(one, None)
             self._instructions.append(Forget(ended))
         else:
             raise ProtocolError(f"message {kind} to a worker")
@@ -312,7 +318,7 @@ class WorkerLink(PeerLink):
         sessions = spread(session, count)
         by_client = spread(columns.get("client", False), count)
         if session is not None:
-            self.sessions.update(one for one in sessions if one is not None)
+            self.sessions.update((one, self._clock) for one in sessions if one is not None)
         self.running.update(zip(ids, attempts, strict=True))  # last: what cannot be read does not run
         self._instructions.append(Run(method, trusted is True, ids, attempts, payloads, sessions, by_client))
 
@@ -356,5 +362,5 @@ class WorkerLink(PeerLink):
             "ready": self._has_setup,
             "running": [[request, attempt] for request, attempt in self.running.items()],
             "replies": bool(self.kept or self._ids),
-            "sessions": sorted(self.sessions),
+            "sessions": [[one, max(0.0, self._clock - used)] for one, used in sorted(self.sessions.items())],
         }

@@ -59,14 +59,21 @@ class Window:
     def __init__(self, until: float) -> None:
         self.until = until
         self.claims: dict[int, Claim] = {}  # by request
-        self.homes: dict[tuple[int, str], Replica] = {}  # (service, session) → where it lives
-        self.states: dict[tuple[int, str], tuple[Replica, Payload, bool]] = {}  # their checkpoints, with the stamp
+        # (service, session) → where it lives, and when it was used there last, on the broker's clock.
+        self.homes: dict[tuple[int, str], tuple[Replica, float]] = {}
+        self.states: dict[tuple[int, str, int], tuple[Payload, bool]] = {}  # checkpoints by replica idx, with the stamp
         self.sessions: list[Declared] = []
         self.replays: list[tuple[int, Replay]] = []  # by endpoint, of clients that sent the last fan-out
         self.owners: dict[int, int] = {}  # service → the client id it ends with, 0: none
         self.declared: dict[int, Client] = {}  # service → its owner, come back
         self.asked: list[Asked] = []
         self.asked_bytes = 0
+
+    def settles(self, service: int, session: str, replica: Replica, used_at: float) -> None:
+        """A replica holds this session. A zombie may, too: who was used last is where it lives."""
+        known = self.homes.get((service, session))
+        if known is None or known[1] < used_at:
+            self.homes[service, session] = replica, used_at
 
     def claim(self, request: int, replica: Replica, attempt: int) -> Claim | None:
         """The claim of this attempt; None when a later attempt is known."""

@@ -97,7 +97,7 @@ class Rebuild:
             raise ProtocolError("HELLO: holds is a map, with the constructor's arguments as payload")
         wrong = [name for name, kind in wanted.items() if type(held.get(name)) is not kind]
         running, sessions = held.get("running") or [], held.get("sessions") or []
-        if wrong or not all(_is_running(one) for one in running) or not all(isinstance(one, str) for one in sessions):
+        if wrong or not all(_is_running(one) for one in running) or not all(map(_is_session, sessions)):
             raise ProtocolError(f"HELLO: holds with a wrong {', '.join(wrong) or 'running or sessions'}")
         service = self._service(held["deed"], payloads[0], worker.trusted, now)
         replica = self._replica(service, held["replica"], held["epoch"], now)
@@ -112,8 +112,8 @@ class Rebuild:
             claim = window.claim(request, replica, attempt)
             if claim is not None:
                 claim.running[worker.rank] = worker
-        for sid in sessions:
-            window.homes[service.id, sid] = replica
+        for sid, age_s in sessions:
+            window.settles(service.id, sid, replica, now - age_s)
 
     def client(self, client: Client, payloads: list[Payload], now: float) -> None:
         """A client that waits for something, or started it. Raises ForgeError for what cannot be."""
@@ -208,7 +208,7 @@ class Rebuild:
         replica: Replica | None = worker.replica
         for sid, payload in zip(ids, taken, strict=True):
             if replica is not None:
-                self._window().states[replica.service.id, sid] = (replica, payload, worker.trusted)
+                self._window().states[replica.service.id, sid, replica.idx] = (payload, worker.trusted)
 
     # The end of the window.
 
@@ -251,7 +251,7 @@ class Rebuild:
                 claim.reserved = True
         for declared in window.sessions:
             self._reopen(declared, window, now)
-        for (service_id, sid), home in window.homes.items():
+        for (service_id, sid), (home, _) in window.homes.items():
             if sid not in home.service.sessions or service_id not in state.services:
                 self._forget(sid, home)
         self._seating.place_pending(now)
@@ -269,10 +269,10 @@ class Rebuild:
         self._sessions.open(service, declared.client, declared.session, declared.hints, now)
         session = service.sessions[declared.session]
         session.ran = declared.used
-        home = window.homes.get((service.id, session.id))
-        kept = window.states.get((service.id, session.id))
-        if kept is not None and kept[0] is home:
-            self._sessions.keep(session, kept[1], kept[2], now)
+        home, _ = window.homes.get((service.id, session.id), (None, 0.0))
+        kept = None if home is None else window.states.get((service.id, session.id, home.idx))
+        if kept is not None:
+            self._sessions.keep(session, *kept, now)
         if home is not None and home.healthy:
             service.pin(session.id, home)
         elif session.ran and session.state is None:
@@ -317,6 +317,10 @@ class Rebuild:
     def _window(self) -> Window:
         assert self._state.window is not None
         return self._state.window
+
+
+def _is_session(one: Any) -> bool:
+    return isinstance(one, list) and [type(field) for field in one] == [str, float] and one[1] >= 0.0
 
 
 def _is_running(one: Any) -> bool:

@@ -165,7 +165,7 @@ def test_sessions_keep_their_replica_and_their_state() -> None:
     bench = Bench(recovering=True)
     of = deed(exports=True)
     one = bench.worker(holds=holds(0, of=of), holdings=[b"init"])
-    two = bench.worker(holds=holds(1, of=of, sessions=["s"]), holdings=[b"init"])
+    two = bench.worker(holds=holds(1, of=of, sessions=[["s", 0.0]]), holdings=[b"init"])
     two.say([STATES, ["s"], [5]], packed=b"state")
     client = client_back(bench, [SERVICE, "s", {}, True], of=of)
     client.call(ENDPOINT, b"a", b"b", b"c", session="s", again=True)
@@ -338,3 +338,28 @@ def test_the_last_fan_out_is_played_to_those_who_start_after_the_window() -> Non
     assert not bench.service().replicas[1].healthy
     newcomer.ready(played=1)
     assert bench.service().replicas[1].healthy
+
+
+def test_of_two_workers_that_hold_a_session_the_one_that_was_used_last_is_right() -> None:
+    """F10, S3: the other is a zombie, of another host perhaps, that our predecessor had taken for dead."""
+    for zombie_first in (True, False):
+        bench = Bench(recovering=True)
+        of = deed(exports=True)
+
+        def zombie(bench: Bench = bench, of: dict[str, Any] = of) -> None:
+            held = holds(0, of=of, sessions=[["s", 9.5]])
+            bench.worker(holds=held, holdings=[b"init"]).say([STATES, ["s"], [3]], packed=b"old")
+
+        if zombie_first:
+            zombie()
+        two = bench.worker(holds=holds(1, of=of, sessions=[["s", 0.5]]), holdings=[b"init"])
+        two.say([STATES, ["s"], [3]], packed=b"new")
+        if not zombie_first:
+            zombie()
+        client = client_back(bench, [SERVICE, "s", {}, True], of=of)
+        end_window(bench)
+        client.call(ENDPOINT, b"a", session="s")
+        assert two.seen == [b"a"]
+        kept = bench.service().sessions["s"].state
+        assert kept is not None
+        assert kept.payload == b"new"
