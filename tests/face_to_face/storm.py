@@ -234,8 +234,9 @@ class Storm:
             sent = [call for call in self.calls if call.session is not None]
             self.forgetful |= any(self.executed[call.payload] > 1 for call in sent)
         twice = [where for where, count in self.executed_by.items() if count > 1]
-        # The recovery window waits for who announced replies, but not as long as a deaf connection can last.
-        missed = self.world.faults["broker killed"] and self.world.faults["half_open"]
+        # The recovery window waits for who announced replies, but not as long as a deaf connection or a stopped process can last.
+        faults = self.world.faults
+        missed = faults["broker killed"] and (faults["half_open"] or faults["paused"])
         assert not twice or missed, f"run twice by one worker, which no death explains: {twice}"
         counts: Counter[str] = Counter()
         poisoned: set[str] = set()
