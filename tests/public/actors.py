@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import resource
 import threading
 from typing import Any
 
@@ -158,3 +160,22 @@ class Host(ForgeActor):
         self._inner = await Echo.options(name=name).as_service()
         pid: int = await self._inner.pid.route()
         return pid
+
+
+class Grenade(ForgeActor):
+    """Calls that end the process that runs them, and one that does not."""
+
+    @endpoint
+    async def fine(self, value: int) -> int:
+        await asyncio.sleep(0.01)
+        return value
+
+    @endpoint
+    async def go_off(self, how: str) -> None:
+        if how == "segfault":
+            ctypes.string_at(0)
+        elif how == "exit":
+            os._exit(3)
+        elif how == "memory":
+            resource.setrlimit(resource.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
+            bytearray(1 << 30)

@@ -32,6 +32,7 @@ from forge_client import (
     ConfigError,
     ForgeActor,
     PayloadTooLarge,
+    PoisonedRequest,
     Router,
     RouterError,
     SerializationError,
@@ -50,7 +51,7 @@ from forge_client.connection import current_client
 from forge_contract.framing import encode
 from forge_contract.messages import ASSIGN, BROKER_NAME, DISPATCH, DROP, OK, REFUSE, RESULTS
 from tests.client.fake_broker import Served, serve
-from tests.public.actors import Echo
+from tests.public.actors import Echo, Grenade
 from tests.worker.fake_broker import Child, goodbye, start
 from tests.worker.fake_broker import FakeBroker as WorkersBroker
 
@@ -385,3 +386,22 @@ async def until(service: Service, holds: Callable[[dict[str, Any]], bool]) -> No
     async with asyncio.timeout(10):
         while not holds(await service.state()):
             continue
+
+
+@pytest.mark.parametrize("how", ["segfault", "exit"])
+async def test_a_call_that_ends_its_process_is_poison_and_costs_the_others_nothing(how: str) -> None:
+    """F4: in earnest. What ran beside it runs again, and once more it is tried alone."""
+    service = await Grenade.options(num_replicas=2, restart_backoff_s=0.05, restart_backoff_at_most_s=0.1).as_service()
+    poison = service.go_off.route(how)
+    others = [service.fine.route(value) for value in range(40)]
+    assert await asyncio.gather(*others) == list(range(40))
+    with pytest.raises(PoisonedRequest, match="3 replicas"):
+        await poison
+    assert await service.fine.route(41) == 41
+
+
+async def test_a_call_that_runs_out_of_memory_is_told_so() -> None:
+    """F4, A5: an exception like any other, as long as there is memory left to say it."""
+    service = await Grenade.options(num_replicas=1).as_service()
+    with pytest.raises(MemoryError):
+        await service.go_off.route("memory")
