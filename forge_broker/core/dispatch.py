@@ -225,9 +225,8 @@ class Dispatch:
             request.started_at = now
             request.holder = replica
         held.update(zip(keys, requests, strict=True))
-        if requests and (limit_s := requests[0].endpoint.hang_timeout_s) is not None:
-            for request in requests:
-                state.deadlines.add(now + limit_s, Kind.HANG, (request, request.attempt, replica))
+        if requests and requests[0].endpoint.hang_timeout_s is not None:
+            self.watch(replica, requests[0].endpoint, now)
         replica.pool.took(replica, len(keys))  # type: ignore[union-attr]  # it has room, so it is in a pool
         if len(replica.ranks) == 1:
             self._send(requests, replica.ranks[0], now)
@@ -236,6 +235,14 @@ class Dispatch:
             request.parts = {}
             for worker in replica.ranks_for(request.rank):
                 self._send([request], worker, now)
+
+    def watch(self, replica: Replica, endpoint: Endpoint, now: float) -> None:
+        """Look after the calls of an endpoint with a `hang_timeout_s`: one entry for all that this replica runs of it. It looks at the
+        oldest, and comes again when the next could be overdue."""
+        limit_s = endpoint.hang_timeout_s
+        if limit_s is not None and endpoint.id not in replica.hang_watches:
+            replica.hang_watches.add(endpoint.id)
+            self._state.deadlines.add(now + limit_s, Kind.HANG, (replica, endpoint))
 
     def _send(self, requests: list[Request], worker: Worker, now: float) -> None:
         if requests:

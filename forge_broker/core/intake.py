@@ -124,6 +124,7 @@ class Intake:
             request.holder = replica
             self._state.ledger.held[replica.key][request.id] = request
             claim.reserved = False
+            self._dispatch.watch(replica, request.endpoint, now)
         else:
             # It may have run in part; the replica is gone, and with it what the others knew.
             request.holder = replica

@@ -19,7 +19,7 @@ from forge_broker.core.recovery import UNHEALTHY_AFTER, backoff_s, is_forgiven
 from forge_broker.core.replicas import Replica, ReplicaMove, ReplicaState
 from forge_broker.core.requests import Request
 from forge_broker.core.seating import KEPT, Seating
-from forge_broker.core.services import Service, read_spec
+from forge_broker.core.services import Endpoint, Service, read_spec
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
 from forge_broker.core.telling import Telling
@@ -242,15 +242,22 @@ class Lifecycle:
         self._state.story.tell(now, worker.name, "killed, because its process was stopped")
         self._kill(worker, "its process was stopped", now)
 
-    def hung(self, call: tuple[Request, int, Replica], now: float) -> None:
-        """A call may have run for `hang_timeout_s`: its replica is lost by it, and it alone is a suspect (F4)."""
-        request, attempt, replica = call
-        if self._state.ledger.held[replica.key].get(request.id) is not request or request.attempt != attempt:
+    def hung(self, watch: tuple[Replica, Endpoint], now: float) -> None:
+        """A call may have run for `hang_timeout_s`: its replica is lost by it, and of all it ran such calls alone are suspects (F4)."""
+        replica, endpoint = watch
+        replica.hang_watches.discard(endpoint.id)
+        running = [one for one in self._state.ledger.held[replica.key].values() if one.endpoint is endpoint]
+        if not running:
             return
-        why = f"{request.endpoint.full_name} ran longer than hang_timeout_s={request.endpoint.hang_timeout_s}"
+        limit_s: float = endpoint.hang_timeout_s or 0.0
+        hanging = [one for one in running if now - one.started_at >= limit_s - 1e-6]
+        if not hanging:
+            self._dispatch.watch(replica, endpoint, min(one.started_at for one in running))
+            return
+        why = f"{endpoint.full_name} ran longer than hang_timeout_s={limit_s}"
         workers = [worker for worker in replica.ranks if worker is not None]
         if replica.state is not ReplicaState.DRAINING:
-            self.replica_lost(replica, why, [], now, convicted=(request,))
+            self.replica_lost(replica, why, [], now, convicted=hanging)
         for worker in workers:
             self._kill(worker, why, now)
 

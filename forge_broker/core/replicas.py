@@ -80,6 +80,7 @@ class Replica:
         "comes_back",
         "deaths",
         "epoch",
+        "hang_watches",
         "healthy_at",
         "idx",
         "key",
@@ -105,6 +106,7 @@ class Replica:
         self.idx = idx
         self.limit = limit  # calls at once
         self.epoch = 1
+        self.hang_watches: set[int] = set()  # endpoints whose running calls are looked after (`hang_timeout_s`)
         self.state = ReplicaState.UNINITIALIZED
         self.ranks: list[Any] = [None] * world  # workers.Worker
         # Why it gets nothing new though it is HEALTHY: LEAVING, a worker of this epoch gave calls back and will be gone;

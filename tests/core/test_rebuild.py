@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forge_broker.core.actions import Launch
+from forge_broker.core.actions import KillPeer, Launch
 from forge_broker.core.replicas import ReplicaState
 from forge_contract.errors import OutcomeUnknown
 from forge_contract.messages import DROP, IMPORT, OK, REFUSE, REPLAY, REPLIES, SETTLED, STATES, STOP, request_id
@@ -363,3 +363,17 @@ def test_of_two_workers_that_hold_a_session_the_one_that_was_used_last_is_right(
         kept = bench.service().sessions["s"].state
         assert kept is not None
         assert kept.payload == b"new"
+
+
+def test_a_call_that_came_back_running_may_not_hang_either() -> None:
+    """F10, F1: its time counts from when it was asked for again, for nobody knows how long it had run."""
+    bench = Bench(recovering=True)
+    of = deed(num_replicas=1, endpoint_options={"hang_timeout_s": 5.0})
+    one = bench.worker(holds=holds(0, of=of, running=[[id_of(1), 1]]), holdings=[b"init"])
+    client = client_back(bench, of=of)
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    bench.advance(4.9 - bench.state.config.recovery_s)
+    assert not bench.of(KillPeer)
+    bench.advance(0.2)
+    assert [kill.name for kill in bench.of(KillPeer)] == [one.name]

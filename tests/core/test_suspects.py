@@ -211,3 +211,21 @@ def test_a_silent_worker_of_this_machine_is_looked_at_and_killed_if_it_is_stoppe
     assert target.name in {look.name for look in bench.of(Look)}
     bench.handle(Stopped(target.name))
     assert bench.of(Kill) if launched else bench.of(KillPeer)
+
+
+def test_calls_that_end_in_time_leave_nothing_to_look_at() -> None:
+    """F1: one entry for all calls of an endpoint on a replica, however many come by; a call begun later has its own time."""
+    bench, client, (worker,), endpoint = Bench().serving(
+        1, endpoint_options={"hang_timeout_s": 60.0}, replica_max_concurrent_requests=100
+    )
+    before = len(bench.state.deadlines)
+    for _ in range(50):
+        client.call(endpoint, b"a", b"b")
+        worker.reply()
+    assert len(bench.state.deadlines) <= before + 3  # the watch, and the links' own
+    bench.advance(50.0)
+    client.call(endpoint, b"late")
+    bench.advance(59.0)
+    assert not bench.of(Kill)
+    bench.advance(1.0)
+    assert bench.of(Kill)
