@@ -60,6 +60,7 @@ MOVES: Final[dict[WorkerState, dict[WorkerMove, WorkerState]]] = {
     WorkerState.GONE: {},
 }
 
+UNSETTLED_AT_MOST: Final = 1 << 16
 _TIMEOUT, _SESSION, _CLIENT = 1, 2, 4  # which columns a DISPATCH has
 
 
@@ -93,7 +94,8 @@ class Worker(Link):
         self.played = 0  # of them it has run
         # Envelopes of it whose replies are not known to have reached their clients: (number, client, envelope to that client);
         # of a call that another rank still runs, (number, that request, 0). It keeps those replies (F10).
-        self.unsettled: deque[tuple[int, Any, int]] = deque()
+        # Bounded: behind a client that does not read, the oldest are forgotten, as the worker forgets what is too much to keep.
+        self.unsettled: deque[tuple[int, Any, int]] = deque(maxlen=UNSETTLED_AT_MOST)
         self.settled = 0  # what it was told
         self._flags = 0  # the columns of the DISPATCH that is open
 
@@ -165,17 +167,17 @@ class Worker(Link):
         return self.open_group([DISPATCH, self.replica.epoch, endpoint.method, request.trusted, [], [], [], columns])
 
     def add_forget(self, session: str) -> None:
-        """This session has ended; many in a row share a message."""
-        body = self.outbox.body
-        if self.group is None and body and body[-1][0] == FORGET:
-            body[-1][1].append(session)
-        else:
-            self.post([FORGET, [session]])
+        """This session has ended."""
+        self._add_to_list(FORGET, session)
 
     def add_drop(self, request: int) -> None:
-        """Cancel this one; many in a row share a message."""
+        """Cancel this one."""
+        self._add_to_list(DROP, request)
+
+    def _add_to_list(self, kind: int, item: Any) -> None:
+        """Many of a kind in a row share a message."""
         body = self.outbox.body
-        if self.group is None and body and body[-1][0] == DROP:
-            body[-1][1].append(request)
+        if self.group is None and body and body[-1][0] == kind:
+            body[-1][1].append(item)
         else:
-            self.post([DROP, [request]])
+            self.post([kind, [item]])

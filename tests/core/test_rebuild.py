@@ -377,3 +377,20 @@ def test_a_call_that_came_back_running_may_not_hang_either() -> None:
     assert not bench.of(KillPeer)
     bench.advance(0.2)
     assert [kill.name for kill in bench.of(KillPeer)] == [one.name]
+
+
+def test_behind_a_client_that_does_not_read_the_books_of_its_worker_stay_bounded() -> None:
+    """F10, W8: others go on being served meanwhile, and each of their envelopes is remembered behind its."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    reader, name = bench.client(), worker.name
+    client.call(endpoint, b"never read")
+    worker.reply()
+    client.received -= 1
+    books = bench.state.workers[name].unsettled
+    assert books.maxlen is not None
+    books.extend([books[0]] * books.maxlen)
+    reader.call(endpoint, b"a")
+    worker.reply()
+    reader.call(endpoint, b"b")
+    assert len(books) == books.maxlen
+    assert reader.results[1][1] == b"a"
