@@ -39,6 +39,7 @@ from forge_broker.core.intake import Intake
 from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.links import Link
 from forge_broker.core.rebuild import Rebuild, is_answered_at_once, is_of_the_past
+from forge_broker.core.replies import Replies
 from forge_broker.core.returns import Returns
 from forge_broker.core.seating import Seating
 from forge_broker.core.sessions import Sessions
@@ -66,7 +67,8 @@ class Broker:
         self.sessions = Sessions(self.state, answers)
         returns = Returns(self.state, answers)
         self.dispatch = Dispatch(self.state, answers, returns)
-        self.intake = Intake(self.state, answers, returns, self.dispatch)
+        self.replies = Replies(self.state, answers, returns, self.dispatch)
+        self.intake = Intake(self.state, answers, returns, self.dispatch, self.replies)
         self.endings = Endings(self.state, answers, self.sessions)
         catalogue, telling = Catalogue(state), Telling(state)
         self.seating = Seating(state, telling)
@@ -458,7 +460,7 @@ class Broker:
         for message in envelope.body:
             kind = message[0]
             if kind == messages.REPLIES and self.state.window is None:
-                self.dispatch.replies(worker, message, payloads, now)
+                self.replies.take(worker, message, payloads, now)
             elif kind == messages.REPLIES:
                 self.rebuild.replies(worker, message, payloads)
             elif kind == messages.STATES and self.state.window is None:

@@ -11,7 +11,7 @@ from typing import Any
 from forge_broker.core.requests import Request
 from forge_contract.errors import ProtocolError
 from forge_contract.framing import Payload, Payloads
-from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED, spread
+from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED
 
 _COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "shape", "again"})
 _STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED})
@@ -68,8 +68,8 @@ def read_calls(message: list[Any]) -> tuple[int, list[int], list[int], dict[str,
     return endpoint, sequences, sizes, columns
 
 
-def read_replies(message: list[Any]) -> tuple[int, list[int], list[int], list[int], list[int]]:
-    """The fields of REPLIES, checked, every column an array. Raises ProtocolError."""
+def read_replies(message: list[Any]) -> tuple[int, list[int], int | list[int], int | list[int], list[int]]:
+    """The fields of REPLIES, checked: epoch, ids, attempts, statuses, sizes. Raises ProtocolError."""
     if len(message) != 6:
         raise ProtocolError(f"REPLIES has {len(message)} fields instead of 6")
     _, epoch, ids, attempts, statuses, sizes = message
@@ -80,7 +80,12 @@ def read_replies(message: list[Any]) -> tuple[int, list[int], list[int], list[in
             raise ProtocolError("REPLIES with columns that do not match")
     if not (_STATUSES.issuperset(statuses) if isinstance(statuses, list) else statuses in _STATUSES):
         raise ProtocolError("REPLIES with an unknown status")
-    return epoch, ids, spread(attempts, len(ids)), spread(statuses, len(ids)), sizes
+    return epoch, ids, attempts, statuses, sizes
+
+
+def part(column: int | list[int], start: int, end: int) -> list[int]:
+    """The values of items `start` to `end`."""
+    return column[start:end] if isinstance(column, list) else [column] * (end - start)
 
 
 def read_states(message: list[Any], payloads: Payloads) -> tuple[list[str], list[Payload]]:

@@ -1,8 +1,8 @@
-"""Calls on their way: routed, dispatched, answered, and given back when a replica goes. This is the hot path, and all decisions on it.
+"""Calls on their way to a replica: routed, dispatched, and taken back when it goes. This is the hot path, and all decisions on it.
 
-`intake` hands in what clients call, `broker` what workers reply; `lifecycle` tells when a replica has room for the first time
-(`pump`) and when it is lost (`release`). Routers decide where; the ledger remembers; we carry over. What becomes of calls that come back
-unanswered is for `returns` to say.
+`intake` hands in what clients call; `replies` (room is free again) and `lifecycle` (a replica has come) call `pump`, and `lifecycle` tells
+when one is lost (`release`). Routers decide where; the ledger remembers; we carry over. What becomes of calls that come back unanswered
+is for `returns` to say.
 """
 
 from __future__ import annotations
@@ -12,35 +12,17 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
-from forge_broker.core.answers import Answers, Run, packed
-from forge_broker.core.columns import read_replies
+from forge_broker.core.answers import Answers
+from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
-from forge_broker.core.replicas import ALONE, LEAVING, Replica
-from forge_broker.core.requests import Request
+from forge_broker.core.replicas import ALONE, Replica
+from forge_broker.core.requests import Request, Slice
 from forge_broker.core.returns import Returns
 from forge_broker.core.services import Endpoint, Service, Session
 from forge_broker.core.state import State
 from forge_broker.core.workers import Worker
-from forge_contract.errors import (
-    CallCancelled,
-    ForgeError,
-    NoHealthyReplicas,
-    ProtocolError,
-    RouterError,
-    SessionLost,
-)
-from forge_contract.framing import Payload, Payloads
-from forge_contract.messages import (
-    DROPPED,
-    FAILED,
-    IMPORT,
-    OK,
-    SEQUENCE_MASK,
-    UNTOUCHED,
-    show_request,
-)
-
-METRICS_EVERY_S = 1.0
+from forge_contract.errors import ForgeError, NoHealthyReplicas, ProtocolError, RouterError, SessionLost
+from forge_contract.messages import IMPORT, show_request
 
 
 class Dispatch:
@@ -244,128 +226,41 @@ class Dispatch:
             replica.hang_watches.add(endpoint.id)
             self._state.deadlines.add(now + limit_s, Kind.HANG, (replica, endpoint))
 
+    def slice(
+        self,
+        ids: list[int],
+        sizes: list[int],
+        packed: bytes,
+        client: Client,
+        endpoint: Endpoint,
+        replica: Replica,
+        now: float,
+    ) -> None:
+        """New calls with nothing but small arguments to a replica of one rank with room for them, held as one (C2)."""
+        state = self._state
+        held = state.ledger.held[replica.key]
+        stands = dict.fromkeys(ids, Slice(ids, sizes, packed, client, endpoint, replica, held, now))
+        held.update(stands)
+        client.calls.update(stands)
+        if endpoint.hang_timeout_s is not None:
+            self.watch(replica, endpoint, now)
+        replica.pool.took(replica, len(ids))  # type: ignore[union-attr]  # it has room, so it is in a pool
+        worker = replica.ranks[0]
+        worker.add_slice(ids, sizes, packed, client.trusted, endpoint)
+        state.deliver(worker)
+
     def _send(self, requests: list[Request], worker: Worker, now: float) -> None:
         if requests:
             worker.add_dispatch(requests, requests[0].endpoint, now)
             self._state.deliver(worker)
 
-    def _reuses(self, request: Request, held: dict[int, Request]) -> bool:
+    def _reuses(self, request: Request, held: dict[int, Request | Slice]) -> bool:
         """An id used again while the replica still ends the call that had it: fencing could not tell the two apart."""
         if request.id not in held:
             return False
         why = f"id {show_request(request.id)} is still in use by a call that was given up"
         self._answers.fail(request, ProtocolError(why))
         return True
-
-    # From workers.
-
-    def replies(self, worker: Worker, message: list[Any], payloads: Payloads, now: float) -> None:
-        """REPLIES: each is taken out of the ledger or refused (fenced, W3), and the freed room is given away."""
-        epoch, ids, attempts, statuses, sizes = read_replies(message)
-        taken = payloads.take_all(sizes)
-        state = self._state
-        replica: Replica | None = worker.replica
-        if replica is None:
-            state.ledger.fenced += len(ids)
-            return
-        held = state.ledger.held[replica.key]
-        current = epoch == replica.epoch
-        ended = succeeded = 0
-        latency_s = 0.0
-        untouched: list[Request] = []
-        trusted = worker.trusted
-        number = worker.channel.received  # of the envelope that this is in
-        run = Run()  # of ordinary ends, all of one client: nearly always all of them
-        for key, attempt, status, payload in zip(ids, attempts, statuses, taken, strict=True):
-            request = held.get(key)
-            if request is None or request.attempt != attempt or not current:
-                state.ledger.fenced += 1
-                state.story.tell(now, show_request(key), f"refused a reply of attempt {attempt} from {worker.name}")
-                continue
-            if request.parts is not None:
-                if request.rank not in (None, worker.rank):
-                    state.ledger.fenced += 1
-                    continue
-                request.parts[worker.rank] = (status, payload, trusted)
-                if len(request.parts) < (1 if request.rank is not None else len(replica.ranks)):
-                    worker.unsettled.append((number, request, 0))
-                    continue
-                status = UNTOUCHED if any(part[0] == UNTOUCHED for part in request.parts.values()) else status  # noqa: PLW2901
-            del held[key]
-            ended += 1
-            latency_s += now - request.queued_at
-            if request.session is not None and (session := replica.service.sessions.get(request.session)) is not None:
-                session.used_at = now  # a call that ran until now was use until now
-                session.ran = True
-            if request.answered:
-                continue
-            if status == OK:
-                succeeded += 1
-            if status == UNTOUCHED:
-                untouched.append(request)
-            elif request.parts is None and request.gather is None and status != DROPPED:
-                if request.client is not run.client:
-                    self._answers.answer_run(run, trusted)
-                    run = Run(request.client)
-                    worker.unsettled.append((number, request.client, request.client.channel.sent + 1))
-                del run.calls[key]
-                run.bytes += request.size
-                run.sequences.append(key & SEQUENCE_MASK)
-                run.statuses.append(status)
-                run.payloads.append(payload)
-            else:
-                self.ended(request, replica, status, payload, trusted)
-                worker.unsettled.append((number, request, 0))
-        self._answers.answer_run(run, trusted)
-        if not ended:
-            return
-        replica.stats.ended(succeeded, ended - succeeded - len(untouched), latency_s, now)
-        service: Service = replica.service
-        if replica.pool is not None:
-            replica.pool.gave(replica, ended)
-        else:
-            replica.active -= ended
-        if untouched:
-            if replica.pool is not None:
-                if service.cell is replica:
-                    service.cell = None
-                replica.pool.close(replica, LEAVING)  # its worker is leaving: what it got now would come back at once
-            self._returns.take_back(replica, untouched, f"{replica.name} gave it back", now, lost=False)
-        if service.watchers and not service.metrics_at:
-            service.metrics_at = now + METRICS_EVERY_S
-            state.deadlines.add(service.metrics_at, Kind.METRICS, service.id)
-        if replica.parked.length:
-            service.wake(replica.parked)
-        self.pump(service, now)
-
-    def ended(self, request: Request, replica: Replica, status: int, payload: Payload, trusted: bool) -> None:
-        """All ranks that run this call have ended it: answer, or add the part to its fan-out."""
-        parts = request.parts
-        gather = request.gather
-        if parts is None and gather is None:
-            assert status == DROPPED  # `replies` answers the ordinary ones itself
-            why = f"{replica.name} dropped it"
-            self._answers.fail(request, CallCancelled(endpoint=request.endpoint.full_name, why=why))
-            return
-        service: Service = replica.service
-        found = parts or {0: (status, payload, trusted)}
-        if any(part[0] == DROPPED for part in found.values()):
-            dropped = packed(CallCancelled(endpoint=request.endpoint.full_name, why=f"{replica.name} dropped it"))
-            found = {rank: (FAILED, dropped, True) if part[0] == DROPPED else part for rank, part in found.items()}
-        if gather is None and request.rank is not None:
-            self._answers.answer(request, *found[request.rank])
-            return
-        if service.kind == "service" and service.config.return_first_rank_result:
-            wrong = [rank for rank in sorted(found) if found[rank][0] != OK]
-            found = {0: found[wrong[0]] if wrong else found[0]}
-            if gather is None:
-                self._answers.answer(request, *found[0])
-                return
-        points = {(replica.idx, rank): part for rank, part in found.items()}
-        if gather is None:
-            self._answers.answer_parts(request, points)
-        else:
-            self._answers.gathered(gather, replica.idx, points)
 
     # When replicas come and go.
 

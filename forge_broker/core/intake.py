@@ -13,6 +13,7 @@ from forge_broker.core.clients import Client
 from forge_broker.core.columns import fill, read_calls
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.replies import Replies
 from forge_broker.core.requests import Gather, Request
 from forge_broker.core.returns import Returns
 from forge_broker.core.services import Endpoint, Service
@@ -33,27 +34,39 @@ PRUNE_FROM: Final = 10_000  # deadlines; below it, looking for outdated ones is 
 
 
 class Intake:
-    def __init__(self, state: State, answers: Answers, returns: Returns, dispatch: Dispatch) -> None:
+    def __init__(self, state: State, answers: Answers, returns: Returns, dispatch: Dispatch, replies: Replies) -> None:
         self._state = state
         self._answers = answers
         self._returns = returns
         self._dispatch = dispatch
+        self._replies = replies
         self._prune_at = PRUNE_FROM
 
     def calls(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
         """CALLS: accept each item, then see who has room."""
         endpoint_id, sequences, sizes, columns = read_calls(message)
-        taken = payloads.take_all(sizes)
         state = self._state
         endpoint = state.endpoints.get(endpoint_id)
         error = self._refusal(client, endpoint)
         if endpoint is None or error is not None:
+            payloads.take_all(sizes)
             for sequence in sequences:
                 self._answers.reject(
                     client, sequence, error or UnknownService(name=f"of endpoint {endpoint_id}", known=[])
                 )
             return
+        if not sequences:
+            return
+        new = min(sequences) > client.last_sequence and len(set(sequences)) == len(sequences)
+        client.last_sequence = max(client.last_sequence, *sequences)
+        if new and not columns and self._held_as_one(endpoint) and min(sizes) >= 0:
+            packed = payloads.take_packed(sizes)
+            routed, routed_bytes = self._slices(client, endpoint, sequences, sizes, packed, now)
+            if routed == len(sequences):
+                return
+            sequences, sizes, payloads = sequences[routed:], sizes[routed:], Payloads(packed[routed_bytes:], ())
         base = request_id(client.id, 0)
+        taken = payloads.take_all(sizes)
         calls = client.calls
         queue = endpoint.queue
         service = endpoint.service
@@ -103,6 +116,45 @@ class Intake:
             self._enqueue(stateless[routed:], endpoint, now)
         self._dispatch.pump(service, now)
 
+    def _held_as_one(self, endpoint: Endpoint) -> bool:
+        """Whether calls of this endpoint may leave at once and whole: nobody waits before them, there is room, and a share for each
+        replica rather than a choice for each call."""
+        service = endpoint.service
+        queue = endpoint.queue
+        return bool(
+            queue.deal is not None
+            and not service.ready
+            and not queue.length
+            and service.pool.roomy
+            and service.config.world == 1
+        )
+
+    def _slices(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        sequences: list[int],
+        sizes: list[int],
+        packed: bytes,
+        now: float,
+    ) -> tuple[int, int]:
+        """Dispatch these, from the first on while somebody has room, a slice to each replica (C2): how many, and of how many bytes."""
+        at = start = 0
+        base = request_id(client.id, 0)
+        deal = endpoint.queue.deal
+        assert deal is not None
+        for replica, count in deal(endpoint.service.pool, len(sequences)):
+            end = at + count
+            ids = [base + sequence for sequence in sequences[at:end]]
+            share = sizes[at:end]
+            stop = start + sum(share)
+            self._dispatch.slice(ids, share, packed[start:stop], client, endpoint, replica, now)
+            at, start = end, stop
+        client.accepted += at
+        client.held_bytes += start
+        self._state.held_bytes += start
+        return at, start
+
     def _reclaim(self, request: Request, claim: Claim, now: float) -> None:
         """A call that was sent to our predecessor, and that a replica runs or has ended (F10): it is not run again."""
         replica = claim.replica
@@ -114,7 +166,7 @@ class Intake:
         if all(rank in claim.parts for rank in wanted):
             status, payload, trusted = claim.parts[wanted[0]]
             if request.parts is not None or status == DROPPED:
-                self._dispatch.ended(request, replica, status, payload, trusted)
+                self._replies.ended(request, replica, status, payload, trusted)
             else:
                 self._answers.answer(request, status, payload, trusted)
             for worker in replica.ranks:
@@ -167,6 +219,7 @@ class Intake:
         gather = Gather(key, client, endpoint, payload, size, now)
         service.open_replays += endpoint.replay_last
         client.calls[key] = gather
+        client.last_sequence = max(client.last_sequence, sequence)
         client.accepted += 1
         client.held_bytes += size
         state.held_bytes += size

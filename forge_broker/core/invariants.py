@@ -5,10 +5,12 @@ Each violation is a sentence; all of them are raised together.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from forge_broker.core.broker import Broker
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaState
-from forge_broker.core.requests import Gather, Request
+from forge_broker.core.requests import Gather, Request, Slice
 from forge_broker.core.workers import WorkerState
 from forge_contract.messages import show_request
 
@@ -40,17 +42,28 @@ def _calls(broker: Broker) -> list[str]:
         for replica in service.replicas.values():
             for request in replica.parked if replica.parked.length else ():
                 holders.setdefault(id(request), []).append(replica.parked.name)
-    for key, request in state.ledger:
-        holders.setdefault(id(request), []).append(f"ledger of {key}")
-        if not isinstance(request.holder, Replica):
-            wrong.append(f"{show_request(request.id)} is in the ledger but thinks it is in {request.holder!r}")
+    for key, request_id, one in state.ledger:
+        if isinstance(one, Slice):
+            if request_id not in one.left or one.client.calls.get(request_id) is not one:
+                wrong.append(
+                    f"{show_request(request_id)} is in the ledger under {key}, but not in its slice, or not open"
+                )
+            continue
+        holders.setdefault(id(one), []).append(f"ledger of {key}")
+        if not isinstance(one.holder, Replica):
+            wrong.append(f"{show_request(request_id)} is in the ledger but thinks it is in {one.holder!r}")
     held_bytes = 0
     for client in state.clients.values():
         if client.accepted != client.answered + len(client.calls):
             wrong.append(
                 f"{client!r}: accepted {client.accepted}, answered {client.answered}, open {len(client.calls)}"
             )
-        for call in client.calls.values():
+        for key, call in client.calls.items():
+            if isinstance(call, Slice):
+                held_bytes += call.left.get(key, 0)
+                if key not in call.left or state.ledger.held[call.holder.key].get(key) is not call:
+                    wrong.append(f"{show_request(key)} is open, but not in its slice, or not in the ledger")
+                continue
             parts: list[Request] = list(call.children.values()) if isinstance(call, Gather) else [call]
             held_bytes += call.size
             if not parts:
@@ -85,7 +98,7 @@ def _replicas(broker: Broker) -> list[str]:
         if service.pool.roomy != roomy:
             wrong.append(f"{service!r}: room {service.pool.roomy:b}, should be {roomy:b}")
         for replica in service.replicas.values():
-            held = len(state.ledger.held[replica.key])
+            held = _units(state.ledger.held[replica.key].values())
             if not held == replica.active <= replica.limit:
                 wrong.append(f"{replica!r} holds {held} in the ledger, active is {replica.active}")
             if replica.state is ReplicaState.HEALTHY and not all(
@@ -102,7 +115,7 @@ def _replicas(broker: Broker) -> list[str]:
             service.cell is not None
             and service.cell.active > 1
             and any(
-                request.deaths == service.config.max_attempts - 1
+                isinstance(request, Request) and request.deaths == service.config.max_attempts - 1
                 for request in state.ledger.held[service.cell.key].values()
             )
         ):
@@ -111,6 +124,12 @@ def _replicas(broker: Broker) -> list[str]:
         if waiting and service.pool.roomy:
             wrong.append(f"{service!r}: somebody has room, and {waiting} wait")
     return wrong
+
+
+def _units(held: Iterable[Request | Slice]) -> int:
+    """The room these take: one each, one together for those of a batch."""
+    batches = {id(one.batch) for one in held if one.batch is not None}
+    return len(batches) + sum(1 for one in held if one.batch is None)
 
 
 def _sessions(broker: Broker) -> list[str]:

@@ -246,7 +246,7 @@ class Lifecycle:
         """A call may have run for `hang_timeout_s`: its replica is lost by it, and of all it ran such calls alone are suspects (F4)."""
         replica, endpoint = watch
         replica.hang_watches.discard(endpoint.id)
-        running = [one for one in self._state.ledger.held[replica.key].values() if one.endpoint is endpoint]
+        running = [one for one in self._state.ledger.of(replica) if one.endpoint is endpoint]
         if not running:
             return
         limit_s: float = endpoint.hang_timeout_s or 0.0

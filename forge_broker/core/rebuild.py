@@ -27,7 +27,7 @@ from forge_broker.core.status import missing
 from forge_broker.core.workers import Worker
 from forge_contract.errors import Overloaded, ProtocolError, ServiceStopped
 from forge_contract.framing import Payload, Payloads, weigh
-from forge_contract.messages import CALLS, CONTROL, FANOUT, Message, client_of
+from forge_contract.messages import CALLS, CONTROL, FANOUT, Message, client_of, spread
 
 _SIZES: Final = {CALLS: 3, FANOUT: 3, CONTROL: 4}  # where a message of a client names its payloads
 _AT_ONCE: Final = frozenset({"status", "workers", "explain", "dead_list"})
@@ -177,8 +177,9 @@ class Rebuild:
     def replies(self, worker: Worker, message: Message, payloads: Payloads) -> None:
         """REPLIES: kept ones, and those of calls that ended meanwhile."""
         epoch, ids, attempts, statuses, sizes = read_replies(message)
+        columns = ids, spread(attempts, len(ids)), spread(statuses, len(ids))
         replica: Replica | None = worker.replica
-        for request, attempt, status, payload in zip(ids, attempts, statuses, payloads.take_all(sizes), strict=True):
+        for request, attempt, status, payload in zip(*columns, payloads.take_all(sizes), strict=True):
             claim = (
                 None if replica is None or epoch != replica.epoch else self._window().claim(request, replica, attempt)
             )

@@ -69,6 +69,7 @@ class Request:
     __slots__ = (
         "answered",
         "attempt",
+        "batch",
         "client",
         "deadline",
         "deaths",
@@ -108,6 +109,7 @@ class Request:
         self.rank: int | None = None  # only this rank of an actor's mesh
         self.parts: dict[int, tuple[int, Payload, bool]] | None = None  # by rank, when several answer
         self.gather: Gather | None = None  # the fan-out this is a part of
+        self.batch: Batch | None = None  # that it is in flight with
 
 
 class Gather:
@@ -125,3 +127,65 @@ class Gather:
         self.deadline: float | None = None
         self.children: dict[int, Request] = {}  # replica idx → the part still awaited
         self.parts: dict[tuple[int, int], tuple[int, Payload, bool]] = {}  # (replica, rank) → status, payload, trusted
+
+
+class Batch:
+    """Calls that take one unit of room together (B2): it is free again when the last of them has ended."""
+
+    __slots__ = ("open",)
+
+    def __init__(self, size: int) -> None:
+        self.open = size  # of its calls, in flight
+
+    def ended(self, count: int) -> int:
+        """So many of its calls have ended: the units of room that are free by it."""
+        self.open -= count
+        return not self.open
+
+
+class Slice:
+    """Calls of one envelope that went one way, held as one (C2): of one client to one endpoint, in flight on one replica for the first
+    time, with nothing but small arguments. A Slice stands for each of them in `Client.calls` and in the ledger; who needs one of them
+    by itself splits it first (`Client.call`, `Ledger.of`), and they are Requests from then on.
+    """
+
+    __slots__ = ("_ids", "_packed", "_sizes", "batch", "client", "endpoint", "held", "holder", "left", "queued_at")
+
+    session: None = None  # calls of sessions are Requests
+
+    def __init__(
+        self,
+        ids: list[int],
+        sizes: list[int],
+        packed: bytes,
+        client: Any,
+        endpoint: Any,
+        holder: Any,
+        held: dict[int, Request | Slice],
+        now: float,
+    ) -> None:
+        self.client = client
+        self.endpoint = endpoint
+        self.holder = holder  # the Replica
+        self.held = held  # what the ledger has of it
+        self.queued_at = now  # and dispatched
+        self.batch: Batch | None = None
+        self.left = dict(zip(ids, sizes, strict=True))  # not ended: id → bytes of its arguments
+        self._ids = ids
+        self._sizes = sizes
+        self._packed = packed  # all their arguments
+
+    def split(self) -> None:
+        """Those that are left, each by itself from now on."""
+        calls = self.client.calls
+        at = 0
+        for key, size in zip(self._ids, self._sizes, strict=True):
+            start, at = at, at + size
+            if key in self.left:
+                request = Request(key, self.client, self.endpoint, self._packed[start:at], size, self.queued_at)
+                request.started_at = self.queued_at
+                request.attempt = 1
+                request.holder = self.holder
+                request.batch = self.batch
+                calls[key] = self.held[key] = request
+        self.left = {}

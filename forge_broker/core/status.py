@@ -11,7 +11,7 @@ from typing import Any
 from forge_broker.core.dead_letters import DeadLetter
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica
-from forge_broker.core.requests import Gather, Request
+from forge_broker.core.requests import Gather
 from forge_broker.core.services import Service
 from forge_broker.core.state import State
 from forge_contract.messages import read_request, show_request
@@ -199,7 +199,7 @@ def story(state: State, subject: str, now: float) -> list[str]:
 
 def _request_now(state: State, key: int, now: float) -> list[str]:
     client = state.clients.get(key >> 40)
-    call: Request | Gather | None = client.calls.get(key) if client is not None else None
+    call = client.call(key) if client is not None else None
     if call is None:
         return ["it is over, or was never accepted: of an ordinary call that is over nothing is kept"]
     head = f"{show_request(key)} calls {call.endpoint.full_name}, accepted {now - call.queued_at:.3f} s ago"

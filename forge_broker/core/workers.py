@@ -146,7 +146,7 @@ class Worker(Link):
         flags = (_CLIENT if endpoint.ordered else 0) | (_TIMEOUT if timed else 0) | (_SESSION if bound else 0)
         group = self.group
         if group is None or group[2] != endpoint.method or group[3] is not first.trusted or self._flags != flags:
-            group = self._open_dispatch(first, endpoint, flags)
+            group = self._open_dispatch(first.trusted, endpoint, flags)
         group[4] += [request.id for request in requests]
         group[5] += [request.attempt for request in requests]
         group[6] += self.outbox.attach_all([request.payload for request in requests])
@@ -155,7 +155,18 @@ class Worker(Link):
         if bound:
             group[7]["session"] += sessions
 
-    def _open_dispatch(self, request: Request, endpoint: Any, flags: int) -> list[Any]:
+    def add_slice(self, ids: list[int], sizes: list[int], packed: bytes, trusted: bool, endpoint: Any) -> None:
+        """`add_dispatch` for calls on their first attempt that have nothing but small arguments, which are side by side."""
+        flags = _CLIENT if endpoint.ordered else 0
+        group = self.group
+        if group is None or group[2] != endpoint.method or group[3] is not trusted or self._flags != flags:
+            group = self._open_dispatch(trusted, endpoint, flags)
+        group[4] += ids
+        group[5] += [1] * len(ids)
+        group[6] += sizes
+        self.outbox.attach_packed(packed)
+
+    def _open_dispatch(self, trusted: bool, endpoint: Any, flags: int) -> list[Any]:
         columns: dict[str, Any] = {}
         if flags & _TIMEOUT:
             columns["timeout"] = []
@@ -164,7 +175,7 @@ class Worker(Link):
         if flags & _CLIENT:
             columns["client"] = True
         self._flags = flags
-        return self.open_group([DISPATCH, self.replica.epoch, endpoint.method, request.trusted, [], [], [], columns])
+        return self.open_group([DISPATCH, self.replica.epoch, endpoint.method, trusted, [], [], [], columns])
 
     def add_forget(self, session: str) -> None:
         """This session has ended."""

@@ -40,6 +40,7 @@ from forge_contract.messages import (
     RESULTS,
     STATES,
     WELCOME,
+    column,
     request_id,
 )
 
@@ -326,7 +327,7 @@ class WorkerPeer(Peer):
         values = [one[2] if payload is None else payload for one in now]
         ids, attempts = [one[0] for one in now], [one[1] for one in now]
         sizes = [len(value) for value in values]
-        self.say([REPLIES, self.replica_epoch, ids, attempts, status, sizes], packed=b"".join(values))
+        self.say([REPLIES, self.replica_epoch, ids, column(attempts), status, sizes], packed=b"".join(values))
 
     @property
     def launch(self) -> int:

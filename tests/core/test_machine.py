@@ -325,7 +325,7 @@ class Machine(RuleBasedStateMachine):
         known = self.bench.state.workers.get(worker.name)
         self.unnatural |= not worker.here  # the broker learns of it by its silence, later
         if worker.here and known is not None and known.state is WorkerState.READY and known.replica.healthy:
-            for request in self.bench.state.ledger.held[known.replica.key].values():
+            for request in self.bench.state.ledger.of(known.replica):
                 asked = self.model.asked.get(bytes(request.payload))
                 if asked is not None and self.model.is_open(asked):
                     asked.deaths += 1

@@ -67,7 +67,7 @@ def test_release_gives_back_what_a_replica_held_in_the_order_of_dispatch_and_not
     ledger.held[two.key][4] = other = request(4)
     assert ledger.release(one) == made
     assert ledger.release(one) == []
-    assert list(ledger) == [(2, other)]
+    assert list(ledger) == [(2, 4, other)]
 
 
 def test_deadlines_come_in_order_and_those_added_meanwhile_with_them() -> None:
