@@ -78,6 +78,7 @@ class Broker:
         self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, telling)
         # Who looks when a time has come. Each is given the entry's key, and looks at what is there now.
         self._due: dict[Kind, Callable[[Any, float], None]] = {
+            Kind.BATCH: self.dispatch.batch_due,
             Kind.CALL: self.endings.expire,
             Kind.HANG: self.lifecycle.hung,
             Kind.KILL: self.lifecycle.kill_overdue,

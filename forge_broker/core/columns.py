@@ -13,9 +13,10 @@ from forge_contract.errors import ProtocolError
 from forge_contract.framing import Payload, Payloads
 from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED
 
-_COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "shape", "again"})
+BATCHING = ("shape", "key", "weight")  # what a batch is made by, with `batcher.PLAIN` where nothing is said
+_COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "again", *BATCHING})
 _STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED})
-_NOT_FIELDS = frozenset({"timeout", "shape", "again"})
+_NOT_FIELDS = frozenset({"timeout", "again", *BATCHING})
 
 
 def fill(request: Request, columns: dict[str, Any], at: int) -> None:
@@ -28,6 +29,15 @@ def fill(request: Request, columns: dict[str, Any], at: int) -> None:
             setattr(request, name, value)
 
 
+def batching(columns: dict[str, Any], at: int) -> tuple[int, Any, float] | None:
+    """Shape, key and weight of one item; None when it says none of them."""
+    found = [columns.get(name) for name in BATCHING]
+    shape, key, weight = (values[at] if isinstance(values, list) else values for values in found)
+    if shape is None and key is None and weight is None:
+        return None
+    return shape or 0, key, 1.0 if weight is None else weight
+
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "timeout": (float, int),
     "session": (str,),
@@ -35,6 +45,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "hints": (dict,),
     "rank": (int,),
     "shape": (int,),
+    "key": (str, int, bytes),
+    "weight": (float, int),
     "again": (bool,),
 }
 
@@ -60,6 +72,8 @@ def read_calls(message: list[Any]) -> tuple[int, list[int], list[int], dict[str,
             raise ProtocolError(f"CALLS with a {name} of another type")
         if name == "timeout" and any(value is not None and math.isnan(value) for value in many):
             raise ProtocolError("CALLS with a timeout that is no number")  # nan would never be due, nor let others be
+        if name == "weight" and not all(value is None or 0 <= value < math.inf for value in many):
+            raise ProtocolError("CALLS with a weight that is none")
     priority = columns.get("priority")
     if priority is not None and not all(
         -100 <= (one or 0) <= 100 for one in (priority if isinstance(priority, list) else [priority])

@@ -8,15 +8,18 @@ is for `returns` to say.
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import groupby
+from itertools import groupby, islice, takewhile
+from math import inf
 from operator import attrgetter
 from typing import Any
 
 from forge_broker.core.answers import Answers
+from forge_broker.core.batcher import Lane
 from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
+from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import ALONE, Replica
-from forge_broker.core.requests import Request, Slice
+from forge_broker.core.requests import Batch, Request, Slice
 from forge_broker.core.returns import Returns
 from forge_broker.core.services import Endpoint, Service, Session
 from forge_broker.core.state import State
@@ -39,7 +42,9 @@ class Dispatch:
         Called at the end of every envelope that brought calls or freed room, and when a replica becomes healthy. The head of a queue is
         1. of a replica's own queue: dispatched if that replica has room, else the queue leaves the rotation until it has;
         2. of a session without a replica: its replica is chosen and pinned, and it joins that replica's own queue;
-        3. any other: the endpoint's router chooses; a full choice parks the call in that replica's queue.
+        3. of a batcher's lane: if it is ripe, a batch is taken and the endpoint's router chooses for all of it, else the lane leaves the
+           rotation until it is;
+        4. any other: the endpoint's router chooses; a full choice parks the call in that replica's queue.
         """
         pool = service.pool
         ready = service.ready
@@ -55,7 +60,12 @@ class Dispatch:
                 continue
             alone = len(ready) == 1
             if owner is not None:
-                self._dispatch_mixed(queue.take(owner.limit - owner.active if alone else 1), owner, now)
+                self._serve_parked(queue, owner, alone, now)
+            elif type(queue) is Lane:
+                if not self._flush(queue, service, now):
+                    queue.waiting = False
+                    ready.popleft()
+                    continue
             elif queue is unpinned:
                 request = queue.pop()
                 replica = self._replica_of_session(service, request, now)
@@ -107,10 +117,11 @@ class Dispatch:
 
     def _home_of_suspect(self, service: Service) -> Replica | None:
         """Where the session of the first suspect lives, if it has one that does: it may run there already."""
-        for request in service.suspects:
-            idx = None if request.session is None else service.pins.get(request.session)
-            return None if idx is None else service.replicas[idx]
-        return None
+        if not service.suspects.length:
+            return None
+        session = service.suspects.first().session
+        idx = None if session is None else service.pins.get(session)
+        return None if idx is None else service.replicas[idx]
 
     def route_all(self, requests: list[Request], endpoint: Endpoint, now: float) -> int:
         """Stateless calls of one endpoint, from the first on while somebody has room: how many found a replica."""
@@ -132,14 +143,79 @@ class Dispatch:
     def _route(self, request: Request, service: Service, now: float) -> None:
         """A stateless call, while somebody has room: where the router says."""
         replica = self._choose(request.endpoint.router, request, request.hints, now)
-        if replica is None:
-            return  # the router failed it
-        if service.pool.roomy >> replica.idx & 1:
+        if isinstance(replica, RouterError):
+            self._answers.fail(request, replica)
+        elif service.pool.roomy >> replica.idx & 1:
             self._dispatch([request], replica, now)
-        elif replica.parked.length >= service.config.max_queued_requests:
-            self._answers.fail(request, self._answers.overloaded(request.endpoint))
         else:
-            replica.parked.push(request)
+            self._park([request], replica)
+
+    def _park(self, requests: list[Request], replica: Replica) -> None:
+        """The router wants that replica, which has no room."""
+        limit = replica.service.config.max_queued_requests
+        for request in requests:
+            if replica.parked.length >= limit:
+                self._answers.fail(request, self._answers.overloaded(request.endpoint))
+            else:
+                replica.parked.push(request)
+
+    # Batches.
+
+    def _flush(self, lane: Lane, service: Service, now: float) -> bool:
+        """A batch of this lane leaves, if it is ripe: one decision of the router for all (B2), by the hints of the first."""
+        reason = lane.ripe(now)
+        if not reason:
+            if lane.flush_at < lane.timer_at:
+                lane.timer_at = lane.flush_at
+                self._state.deadlines.add(lane.flush_at, Kind.BATCH, (service, lane))
+            return False
+        batch = lane.batch()
+        first = batch[0]
+        lane.batcher.stats.left(reason, len(batch), now - first.queued_at)
+        replica = self._choose(first.endpoint.router, first, first.hints, now)
+        if isinstance(replica, RouterError):
+            for request in batch:
+                self._answers.fail(request, replica)
+        elif service.pool.roomy >> replica.idx & 1:
+            self._dispatch_batch(batch, replica, now)
+        else:
+            self._park(batch, replica)
+        return True
+
+    def batch_due(self, key: tuple[Service, Lane], now: float) -> None:
+        """A lane may be ripe."""
+        service, lane = key
+        lane.timer_at = inf
+        service.wake(lane)
+        self.pump(service, now)
+
+    def _serve_parked(self, queue: Queue, owner: Replica, alone: bool, now: float) -> None:
+        """What waits for this replica, which has room."""
+        first = queue.first()
+        lane = _lane_of(first)
+        if lane is not None:
+            # It came here with the rest of its batch.
+            alike = takewhile(lambda one: _lane_of(one) is lane, queue)
+            self._dispatch_batch(queue.take(len(list(islice(alike, lane.batcher.size)))), owner, now)
+        elif alone and not owner.service.batches:
+            self._dispatch_mixed(queue.take(owner.limit - owner.active), owner, now)
+        else:
+            self._dispatch(queue.take(1), owner, now)
+
+    def _dispatch_batch(self, requests: list[Request], replica: Replica, now: float) -> None:
+        """Calls that run together on a replica with room for one more (B2)."""
+        batch = Batch(0)
+        requests = self._enter(requests, replica, now)
+        batch.open = len(requests)
+        if not requests:
+            return
+        replica.pool.took(replica, 1)  # type: ignore[union-attr]  # it has room, so it is in a pool
+        for request in requests:
+            request.batch = batch
+            request.parts = {} if len(replica.ranks) > 1 else None
+        for worker in replica.ranks:
+            worker.add_batch(requests, requests[0].endpoint)
+            self._state.deliver(worker)
 
     def _replica_of_session(self, service: Service, request: Request, now: float) -> Replica | None:
         session: Session = service.sessions[request.session or ""]
@@ -153,8 +229,10 @@ class Dispatch:
             return service.replicas[idx]
         hints = {**session.hints, **request.hints} if request.hints else session.hints
         replica = self._choose(request.endpoint.pins_with, request, hints, now)
-        if replica is not None:
-            self._move_in(service, session, replica)
+        if isinstance(replica, RouterError):
+            self._answers.fail(request, replica)
+            return None
+        self._move_in(service, session, replica)
         return replica
 
     def _move_in(self, service: Service, session: Session, replica: Replica) -> None:
@@ -169,8 +247,8 @@ class Dispatch:
             worker.post([IMPORT, session.id, kept.trusted, worker.outbox.attach(kept.payload)])
             self._state.deliver(worker)
 
-    def _choose(self, router: Any, request: Request, hints: dict[str, Any] | None, now: float) -> Replica | None:
-        """Ask the router. Whatever it does wrong fails this call and nothing else (R3)."""
+    def _choose(self, router: Any, request: Request, hints: dict[str, Any] | None, now: float) -> Replica | RouterError:
+        """Ask the router. Whatever it does wrong fails this call, or its batch, and nothing else (R3)."""
         endpoint: Endpoint = request.endpoint
         service = endpoint.service
         pool = service.pool
@@ -186,8 +264,7 @@ class Dispatch:
                 return chosen
             why = f"returned {chosen!r:.100}, which is none of the healthy replicas"
         self._state.story.tell(now, show_request(request.id), f"router {router!r} {why}")
-        self._answers.fail(request, RouterError(router=repr(router), endpoint=endpoint.full_name, why=why))
-        return None
+        return RouterError(router=repr(router), endpoint=endpoint.full_name, why=why)
 
     def _dispatch_mixed(self, requests: list[Request], replica: Replica, now: float) -> None:
         """Those of a queue that endpoints share, in order."""
@@ -196,8 +273,19 @@ class Dispatch:
 
     def _dispatch(self, requests: list[Request], replica: Replica, now: float) -> None:
         """Calls of one endpoint to a replica with room for them; the books are kept once for all."""
-        state = self._state
-        held = state.ledger.held[replica.key]
+        requests = self._enter(requests, replica, now)
+        replica.pool.took(replica, len(requests))  # type: ignore[union-attr]  # it has room, so it is in a pool
+        if len(replica.ranks) == 1:
+            self._send(requests, replica.ranks[0], now)
+            return
+        for request in requests:
+            request.parts = {}
+            for worker in replica.ranks_for(request.rank):
+                self._send([request], worker, now)
+
+    def _enter(self, requests: list[Request], replica: Replica, now: float) -> list[Request]:
+        """Into the ledger, all but those whose id is in use there."""
+        held = self._state.ledger.held[replica.key]
         keys = [request.id for request in requests]
         if not held.keys().isdisjoint(keys):
             requests = [request for request in requests if not self._reuses(request, held)]
@@ -209,14 +297,7 @@ class Dispatch:
         held.update(zip(keys, requests, strict=True))
         if requests and requests[0].endpoint.hang_timeout_s is not None:
             self.watch(replica, requests[0].endpoint, now)
-        replica.pool.took(replica, len(keys))  # type: ignore[union-attr]  # it has room, so it is in a pool
-        if len(replica.ranks) == 1:
-            self._send(requests, replica.ranks[0], now)
-            return
-        for request in requests:
-            request.parts = {}
-            for worker in replica.ranks_for(request.rank):
-                self._send([request], worker, now)
+        return requests
 
     def watch(self, replica: Replica, endpoint: Endpoint, now: float) -> None:
         """Look after the calls of an endpoint with a `hang_timeout_s`: one entry for all that this replica runs of it. It looks at the
@@ -235,18 +316,26 @@ class Dispatch:
         endpoint: Endpoint,
         replica: Replica,
         now: float,
+        *,
+        shape: int | None = None,
     ) -> None:
-        """New calls with nothing but small arguments to a replica of one rank with room for them, held as one (C2)."""
+        """New calls with nothing but small arguments to a replica of one rank with room for them, held as one (C2). `shape`: they are a
+        batch, of calls of that shape."""
         state = self._state
         held = state.ledger.held[replica.key]
-        stands = dict.fromkeys(ids, Slice(ids, sizes, packed, client, endpoint, replica, held, now))
+        one = Slice(ids, sizes, packed, client, endpoint, replica, held, now)
+        room = len(ids)
+        if shape is not None:
+            one.batch, one.batching = Batch(room), (shape, None, 1.0)
+            room = 1
+        stands = dict.fromkeys(ids, one)
         held.update(stands)
         client.calls.update(stands)
         if endpoint.hang_timeout_s is not None:
             self.watch(replica, endpoint, now)
-        replica.pool.took(replica, len(ids))  # type: ignore[union-attr]  # it has room, so it is in a pool
+        replica.pool.took(replica, room)  # type: ignore[union-attr]  # it has room, so it is in a pool
         worker = replica.ranks[0]
-        worker.add_slice(ids, sizes, packed, client.trusted, endpoint)
+        worker.add_slice(ids, sizes, packed, client.trusted, endpoint, batch=shape is not None)
         state.deliver(worker)
 
     def _send(self, requests: list[Request], worker: Worker, now: float) -> None:
@@ -334,3 +423,12 @@ class Dispatch:
             for replica in service.replicas.values()
         ]
         return NoHealthyReplicas(service=service.name, waited_s=waited_s, replicas=doing)
+
+
+def _lane_of(request: Request) -> Lane | None:
+    """Where a call that is batched would wait; None: it runs by itself (S4)."""
+    batcher = request.endpoint.batcher
+    if batcher is None or request.session is not None or request.gather is not None:
+        return None
+    lane: Lane = batcher.lane_of(request)
+    return lane

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from forge_broker.core.batcher import Lane
 from forge_broker.core.broker import Broker
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaState
@@ -80,6 +81,8 @@ def _calls(broker: Broker) -> list[str]:
         for queue in service.queues:
             if queue.length != queue.counted():
                 wrong.append(f"{queue!r} has {queue.counted()}")
+            if isinstance(queue, Lane) and queue.length and not queue.waiting and queue.timer_at > queue.flush_at:
+                wrong.append(f"{queue!r} is to be flushed at {queue.flush_at}, and looked at at {queue.timer_at}")
         for replica in service.replicas.values():
             if replica.parked.length != replica.parked.counted():
                 wrong.append(f"{replica.parked!r} has {replica.parked.counted()}")
@@ -120,7 +123,12 @@ def _replicas(broker: Broker) -> list[str]:
             )
         ):
             wrong.append(f"{service!r}: a suspect does not run alone on {service.cell!r}")
-        waiting: list[Queue] = [queue for queue in service.rotation if queue.length]
+        # In a lane calls may wait for their batch to be full; one that is full waits for room alone.
+        waiting: list[Queue] = [
+            queue
+            for queue in service.rotation
+            if queue.length >= (queue.batcher.size if isinstance(queue, Lane) else 1)
+        ]
         if waiting and service.pool.roomy:
             wrong.append(f"{service!r}: somebody has room, and {waiting} wait")
     return wrong

@@ -74,6 +74,13 @@ class Queue:
                 request.holder = self
         self.length += len(requests)
 
+    def first(self) -> Request:
+        """Who is next. Raises LookupError when nobody is."""
+        for priority in self._order:
+            for request in self._levels[priority].values():
+                return request
+        raise LookupError(f"{self!r} is empty")
+
     def pop(self) -> Request:
         for priority in self._order:
             level = self._levels[priority]

@@ -177,10 +177,10 @@ class Replies:
         failed = ends.count - ends.succeeded - len(untouched)
         replica.stats.ended(ends.succeeded, failed, ends.latency_s, now)
         service: Service = replica.service
-        if replica.pool is not None:
-            replica.pool.gave(replica, ends.room)
-        else:
+        if replica.pool is None:
             replica.active -= ends.room
+        elif ends.room:
+            replica.pool.gave(replica, ends.room)
         if untouched:
             if replica.pool is not None:
                 if service.cell is replica:

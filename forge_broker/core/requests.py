@@ -1,7 +1,7 @@
 """A request: one call of one endpoint, from acceptance to its one reply.
 
-On the hot path its state *is* the container that holds it (C3): a queue (QUEUED), the ledger under a replica (IN_FLIGHT), neither
-(over). `MOVES` is the table that `invariants` checks and that people read. Every accepted request is in its client's
+On the hot path its state *is* the container that holds it (C3): a queue (QUEUED), a batcher's lane (BATCHED), the ledger under a replica
+(IN_FLIGHT), none (over). `MOVES` is the table that `invariants` checks and that people read. Every accepted request is in its client's
 `calls` until it is answered; one that was answered early (timeout, cancellation) stays in the ledger until its
 replica has really ended it, because only then is the room free (F5).
 """
@@ -45,14 +45,13 @@ MOVES: Final[dict[State, dict[Move, State]]] = {
     State.BATCHED: {
         Move.DISPATCH: State.IN_FLIGHT,
         Move.ERROR: State.FAILED,
-        Move.REPLICA_LOST: State.QUEUED,
         Move.CANCEL: State.CANCELLED,
         Move.TIMEOUT: State.EXPIRED,
     },
     State.IN_FLIGHT: {
         Move.REPLY: State.DONE,
         Move.ERROR: State.FAILED,
-        Move.REPLICA_LOST: State.QUEUED,
+        Move.REPLICA_LOST: State.QUEUED,  # which joins a batch from there, if it did before
         Move.CANCEL: State.CANCELLED,
         Move.TIMEOUT: State.EXPIRED,
     },
@@ -70,6 +69,7 @@ class Request:
         "answered",
         "attempt",
         "batch",
+        "batching",
         "client",
         "deadline",
         "deaths",
@@ -110,6 +110,7 @@ class Request:
         self.parts: dict[int, tuple[int, Payload, bool]] | None = None  # by rank, when several answer
         self.gather: Gather | None = None  # the fan-out this is a part of
         self.batch: Batch | None = None  # that it is in flight with
+        self.batching: tuple[int, Any, float] | None = None  # call shape, key, weight, where it says any (B2)
 
 
 class Gather:
@@ -145,11 +146,24 @@ class Batch:
 
 class Slice:
     """Calls of one envelope that went one way, held as one (C2): of one client to one endpoint, in flight on one replica for the first
-    time, with nothing but small arguments. A Slice stands for each of them in `Client.calls` and in the ledger; who needs one of them
-    by itself splits it first (`Client.call`, `Ledger.of`), and they are Requests from then on.
+    time, with nothing but small arguments; or a batch of such calls, with `batching` as its Requests would have it. A Slice stands for
+    each of them in `Client.calls` and in the ledger; who needs one of them by itself splits it first (`Client.call`, `Ledger.of`), and
+    they are Requests from then on.
     """
 
-    __slots__ = ("_ids", "_packed", "_sizes", "batch", "client", "endpoint", "held", "holder", "left", "queued_at")
+    __slots__ = (
+        "_ids",
+        "_packed",
+        "_sizes",
+        "batch",
+        "batching",
+        "client",
+        "endpoint",
+        "held",
+        "holder",
+        "left",
+        "queued_at",
+    )
 
     session: None = None  # calls of sessions are Requests
 
@@ -170,6 +184,7 @@ class Slice:
         self.held = held  # what the ledger has of it
         self.queued_at = now  # and dispatched
         self.batch: Batch | None = None
+        self.batching: tuple[int, Any, float] | None = None
         self.left = dict(zip(ids, sizes, strict=True))  # not ended: id → bytes of its arguments
         self._ids = ids
         self._sizes = sizes
@@ -187,5 +202,6 @@ class Slice:
                 request.attempt = 1
                 request.holder = self.holder
                 request.batch = self.batch
+                request.batching = self.batching
                 calls[key] = self.held[key] = request
         self.left = {}

@@ -301,6 +301,7 @@ class WorkerPeer(Peer):
         super().__init__(bench, address, hello)
         self.calls: list[tuple[int, int, bytes]] = []  # (request id, attempt, payload), not replied to
         self.seen: list[bytes] = []  # every payload dispatched, in order
+        self.batches: list[list[bytes]] = []  # of those, what came as batches
         self.replica_epoch = 0
 
     def took(self, message: list[Any], payloads: list[Any]) -> None:
@@ -310,6 +311,10 @@ class WorkerPeer(Peer):
             attempts = message[5] if isinstance(message[5], list) else [message[5]] * len(message[4])
             self.calls += zip(message[4], attempts, payloads, strict=True)
             self.seen += payloads
+            at = 0
+            for count in message[7].get("batches", []):
+                self.batches.append(payloads[at : at + count])
+                at += count
 
     def ready(self, played: int = 0) -> None:
         self.say([READY, played])

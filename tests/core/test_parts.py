@@ -179,6 +179,11 @@ def test_a_session_with_the_look_of_a_request_id_has_its_story() -> None:
         [CALLS, 1, [1], [1], {"priority": [True]}],
         [CALLS, 1, [1], [1], {"session": 5}],
         [CALLS, 1, [1], [1], {"hints": "x"}],
+        [CALLS, 1, [1], [1], {"weight": -1}],
+        [CALLS, 1, [1], [1], {"weight": float("nan")}],
+        [CALLS, 1, [1], [1], {"weight": [float("inf")]}],
+        [CALLS, 1, [1], [1], {"key": 1.5}],
+        [CALLS, 1, [1], [1], {"shape": "one"}],
     ],
     ids=str,
 )
@@ -190,4 +195,4 @@ def test_calls_with_columns_that_do_not_hold_are_nonsense(message: list[Any]) ->
 
 def test_unknown_columns_are_ignored() -> None:
     """PROTOCOL.md §2: unknown keys of a map are a newer peer's."""
-    assert read_calls([CALLS, 1, [1], [1], {"weight": 3, "priority": 2}])[3] == {"priority": 2}
+    assert read_calls([CALLS, 1, [1], [1], {"flavour": 3, "priority": 2}])[3] == {"priority": 2}
