@@ -349,9 +349,11 @@ class EndpointOptions:
     batch_size: int = 1  # items per batch; 1: no batching
     batch_timeout: float = 0.01  # seconds after the first item
     batch_mode: str = "route"  # "call": the method takes lists
-    batch_weight: object = None  # a function of the arguments: an item's weight, at least 0; None: each weighs 1
+    batch_weight: object = None  # a function of the arguments, or the name of one: an item's weight, from 0 on; None: 1
     batch_max_weight: float | None = None  # of a batch; one item that weighs more goes alone
-    batch_key: object = None  # a function of the arguments: only items with equal keys share a batch
+    batch_key: object = (
+        None  # a function of the arguments, or the name of one: only items with equal keys share a batch
+    )
     batch_eager: bool = False  # a batch leaves at once while a replica has room
     batch_sessions: bool = False  # calls of sessions share batches too, each session's in order
     collate: str | None = None  # "stack": arrays are stacked before the call, and the result is split after it
@@ -369,10 +371,10 @@ class EndpointOptions:
         problems.positive(self, "timeout", "hang_timeout_s", "batch_max_weight")
         for name in ("batch_weight", "batch_key"):
             one = getattr(self, name)
-            # A bool is what the wire says of it.
+            # A bool is what the wire says of a function.
             problems.need(
-                one is None or isinstance(one, bool) or callable(one),
-                f"{name} must be a function of the arguments, not {one!r:.60}",
+                one is None or isinstance(one, (bool, str)) or callable(one),
+                f"{name} must be a function of the arguments or the name of one, not {one!r:.60}",
             )
         problems.need(
             self.batch_max_weight is None or bool(self.batch_weight),
@@ -405,7 +407,7 @@ class EndpointOptions:
     def to_wire(self) -> dict[str, Any]:
         """All but the router, which travels beside this, and what only clients ask, of which the wire says whether it is there."""
         fields = {name: getattr(self, name) for name in sorted(field_names(type(self)) - {"router"})}
-        return fields | {name: bool(fields[name]) for name in ("batch_weight", "batch_key")}
+        return fields | {name: True for name in ("batch_weight", "batch_key") if callable(fields[name])}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ asked for), so that a broker with 10,000 queued calls answers at once.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from forge_broker.core.dead_letters import DeadLetter
@@ -63,6 +64,9 @@ def missing(state: State) -> list[str]:
 
 def service_state(service: Service, now: float) -> dict[str, Any]:
     """X5: what `await service.state()` is."""
+    queues: Counter[str] = Counter()
+    for queue in service.queues:  # the lanes of a batcher share a name
+        queues[queue.name] += queue.length
     return {
         "service": service.id,
         "name": service.name,
@@ -71,7 +75,8 @@ def service_state(service: Service, now: float) -> dict[str, Any]:
         "detached": service.owner is None,
         "stopping": service.stopping is not None,
         "replicas": [_replica_state(replica) for replica in service.replicas.values()],
-        "queues": {queue.name: queue.length for queue in service.queues},
+        "queues": dict(queues),
+        "batches": {one.name: one.batcher.stats.snapshot() for one in service.endpoints if one.batcher is not None},
         "active_sessions": sorted(service.sessions)[:1000],
         "sessions": len(service.sessions),
         "session_replica_map": dict(list(service.pins.items())[:1000]),
