@@ -223,6 +223,7 @@ class Rebuild:
         """Take stock; returns what was laid aside, for `broker` to do now. Claims stay known until it is done."""
         state, window = self._state, self._window()
         state.note("info", "recovered", services=len(state.services), missing=missing(state))
+        state.counters["recovery_unheard"] += len(self._unheard())
         state.window = None
         state.claims = window.claims
         for service_id, owner in window.owners.items():
@@ -294,6 +295,15 @@ class Rebuild:
             return False
         announced = link.hello.get("holds") or link.hello.get("declares") or {}
         return bool(announced.get("replies") is True or announced.get("waiting"))
+
+    def _unheard(self) -> set[str]:
+        """Who has something to say that bears on what ran, and has not said it: the links that still owe, and the clients that others
+        tell of and that did not come. What they hold or wait for may run a second time."""
+        state, window = self._state, self._window()
+        told_of = {client_of(request) for request in window.claims}
+        told_of |= {owner for service, owner in window.owners.items() if owner and service not in window.declared}
+        absent = {f"client {one}" for one in told_of - set(state.clients)}
+        return absent | {link.name for link in state.links.values() if self._owes(link)}
 
     def settle(self, now: float) -> None:
         """All that was asked has been done: what is still claimed, nobody waits for."""

@@ -394,3 +394,20 @@ def test_behind_a_client_that_does_not_read_the_books_of_its_worker_stay_bounded
     reader.call(endpoint, b"b")
     assert len(books) == books.maxlen
     assert reader.results[1][1] == b"a"
+
+
+def test_whoever_has_not_spoken_when_the_window_ends_is_counted() -> None:
+    """F10: what it ran or waits for may run twice, which is worth knowing."""
+    bench = Bench(recovering=True)
+    worker_back(bench, 0, running=[[id_of(1), 1]])  # its owner, who waits for that call, does not come
+    worker_back(bench, 1, replies=True)  # and sends none
+    end_window(bench)
+    bench.advance(bench.state.config.recovery_s + 0.1)
+    assert bench.state.counters["recovery_unheard"] == 2
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0, replies=True)
+    client = client_back(bench)
+    worker.say([REPLIES, 3, [id_of(1)], 1, OK, [4]], packed=b"done")
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    assert bench.state.counters["recovery_unheard"] == 0

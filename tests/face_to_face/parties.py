@@ -390,9 +390,13 @@ class SimWorker(Peer):
         self.started.append((request, attempt, payload, session))
         self.world.history.append((self.link.name, request, attempt))
         seconds, status, result = self.world.actor(self, method, payload)
-        self._later(seconds, partial(self._finish, request, attempt, status, result, session))
+        self._later(seconds, partial(self._finish, request, attempt, payload, status, result, session))
 
-    def _finish(self, request: int, attempt: int, status: int, payload: bytes, session: str | None) -> None:
+    def _finish(
+        self, request: int, attempt: int, arguments: bytes, status: int, payload: bytes, session: str | None
+    ) -> None:
+        if session is not None:
+            self.world.ended[session, arguments] += 1
         queue = self._queues.get(session) if session is not None else None
         if session is not None and queue is not None:
             self.counts[session] = self.counts.get(session, 0) + 1
