@@ -72,7 +72,9 @@ class Broker:
         self.seating = Seating(state, telling)
         self.lifecycle = Lifecycle(state, self.dispatch, self.sessions, catalogue, self.seating, telling)
         self.drains = Drains(self.state, self.lifecycle)
-        self.rebuild = Rebuild(state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch)
+        self.rebuild = Rebuild(
+            state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch, answers, telling
+        )
         self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, telling)
         # Who looks when a time has come. Each is given the entry's key, and looks at what is there now.
         self._due: dict[Kind, Callable[[Any, float], None]] = {

@@ -8,8 +8,22 @@ import pytest
 
 from forge_broker.core.actions import KillPeer, Launch
 from forge_broker.core.replicas import ReplicaState
-from forge_contract.errors import OutcomeUnknown
-from forge_contract.messages import DROP, IMPORT, OK, REFUSE, REPLAY, REPLIES, SETTLED, STATES, STOP, request_id
+from forge_contract.errors import OutcomeUnknown, Overloaded
+from forge_contract.messages import (
+    CALLS,
+    CONTROL,
+    DROP,
+    FANOUT,
+    IMPORT,
+    OK,
+    REFUSE,
+    REPLAY,
+    REPLIES,
+    SETTLED,
+    STATES,
+    STOP,
+    request_id,
+)
 from tests.core.peers import TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer, spec
 
 SERVICE, ENDPOINT = 5, 6
@@ -66,6 +80,49 @@ def test_services_replicas_and_their_owner_are_there_again_under_their_old_ids()
         assert len(client.results) == 1
         assert not bench.of(Launch)
         assert bench.state.next_id() > ENDPOINT
+
+
+def test_what_cannot_be_kept_until_the_window_ends_is_refused_and_nobody_is_dropped() -> None:
+    """W8, F10: with Overloaded, at once; what was asked before it, and what still fits after it, is done."""
+    bench = Bench(recovering=True, max_queue_bytes=100)
+    worker = worker_back(bench, 0)
+    client = client_back(bench)
+    (kept,) = client.call(ENDPOINT, b"x" * 90)
+    refused = [*client.call(ENDPOINT, b"y" * 6, b"z" * 6), client.fanout(ENDPOINT, b"w" * 11)]
+    control = client.deploy(b"v" * 11)
+    errors = [*map(client.error, refused), client.answers[control]]
+    assert all(isinstance(error, Overloaded) and error.retry_after_s > 0 for error in errors)
+    (fits,) = client.call(ENDPOINT, b"u" * 10)
+    assert not client.of(REFUSE)
+    assert bench.state.links[client.name].channel.received
+    assert bench.state.counters["overloaded"] == 3  # messages
+    end_window(bench)
+    assert worker.seen == [b"x" * 90, b"u" * 10]
+    worker.reply()
+    assert sorted(client.results) == sorted([kept, fits, *refused])
+
+
+def test_a_call_that_may_have_run_and_cannot_be_kept_is_not_called_overloaded() -> None:
+    """F3, F10: who is told Overloaded tries again; what is delivered at most once had been sent before."""
+    once, often = deed(), deed()
+    once["spec"]["endpoints"][0]["options"]["delivery"] = "at_most_once"
+    for known, expected in ((once, OutcomeUnknown), (often, Overloaded), (None, OutcomeUnknown)):
+        bench = Bench(recovering=True, max_queue_bytes=10)
+        if known is not None:
+            worker_back(bench, 0, of=known)
+        client = bench.client(client=OWNER, declares={"services": [], "sessions": []})
+        (refused,) = client.call(ENDPOINT, b"x" * 11, again=True)
+        assert type(client.error(refused)) is expected
+
+
+def test_nonsense_is_a_broken_protocol_even_when_there_is_no_room_for_it() -> None:
+    """W8."""
+    for message in ([CONTROL, "one", "status", {}, 11], [CALLS, ENDPOINT, [0], [11], {}], [FANOUT, ENDPOINT, 1, 11]):
+        bench = Bench(recovering=True, max_queue_bytes=10)
+        client = bench.client()
+        client.say(message, packed=b"x" * 11)
+        assert client.of(REFUSE), message
+        assert client.name not in bench.state.links
 
 
 def test_a_call_that_a_worker_runs_is_not_run_again() -> None:
