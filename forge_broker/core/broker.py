@@ -71,7 +71,7 @@ class Broker:
         catalogue, telling = Catalogue(state), Telling(state)
         self.seating = Seating(state, telling)
         self.lifecycle = Lifecycle(state, self.dispatch, self.sessions, catalogue, self.seating, telling)
-        self.drains = Drains(self.state, self.lifecycle)
+        self.drains = Drains(self.state, self.lifecycle, telling)
         self.rebuild = Rebuild(
             state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch, answers, telling
         )
@@ -447,7 +447,7 @@ class Broker:
     def _do_asked(self, everything: list[Asked], now: float) -> None:
         for asked in everything:
             client = asked.client
-            if self.state.links.get(client.name) is not client:
+            if client.gone:
                 continue
             try:
                 self._client_wants(client, asked.message, Taken(asked.payloads), asked.arrived)
