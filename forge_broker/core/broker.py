@@ -198,7 +198,7 @@ class Broker:
         state = self.state
         # A tool that only looks comes and goes with every `forge status`.
         state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
-        client.gone = True
+        self._left(client)
         if state.claims:
             state.claims = {one: claim for one, claim in state.claims.items() if messages.client_of(one) != client.id}
         del state.links[client.name]
@@ -210,6 +210,11 @@ class Broker:
                 service.owner = None
                 stopped = ServiceStopped(service=service.name, why=": the client that started it is gone")
                 self.lifecycle.stop_service(service, stopped, now)
+
+    def _left(self, client: Client) -> None:
+        client.gone = True
+        if self.state.window is not None:
+            self.state.window.leaves(client)
 
     # Links.
 
@@ -339,6 +344,9 @@ class Broker:
                     self.rebuild.client(link, payloads, now)
         except ForgeError as error:
             state.links.pop(envelope.sender, None)
+            if isinstance(link, Client):
+                del state.clients[link.id]
+                self._left(link)
             state.note("warning", "hello refused", sender=envelope.sender, why=str(error))
             self._refuse(route, envelope.epoch, error)
             return

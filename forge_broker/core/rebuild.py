@@ -293,7 +293,7 @@ class Rebuild:
     def _reopen(self, declared: Declared, window: Window, now: float) -> None:
         """A session, where it lives. One that was used and that no worker speaks for has lost its state (S3)."""
         service = self._state.services.get(declared.service)
-        if service is None or service.stopping is not None or declared.client.gone:
+        if service is None or service.stopping is not None:
             return
         self._sessions.open(service, declared.client, declared.session, declared.hints, now)
         session = service.sessions[declared.session]

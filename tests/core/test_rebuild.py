@@ -8,7 +8,7 @@ import pytest
 
 from forge_broker.core.actions import KillPeer, Launch
 from forge_broker.core.replicas import ReplicaState
-from forge_contract.errors import OutcomeUnknown, Overloaded
+from forge_contract.errors import OutcomeUnknown, Overloaded, ServiceStopped
 from forge_contract.messages import (
     CALLS,
     CONTROL,
@@ -468,3 +468,27 @@ def test_whoever_has_not_spoken_when_the_window_ends_is_counted() -> None:
     client.call(ENDPOINT, b"a", again=True)
     end_window(bench)
     assert bench.state.counters["recovery_unheard"] == 0
+
+
+def test_an_owner_that_goes_again_in_the_window_takes_its_service_along() -> None:
+    """F10, A10: nobody else would ever end it."""
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0)
+    bench.handle_gone(client_back(bench, [SERVICE, "s", {}, True]))
+    end_window(bench)
+    assert isinstance(bench.service().stopping, ServiceStopped)
+    assert worker.of(STOP)
+    assert not bench.service().sessions
+
+
+def test_an_owner_whose_hello_is_refused_owns_nothing() -> None:
+    """F10, W8: also what it had declared before the nonsense."""
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0)
+    client = client_back(bench, [SERVICE, "s", {}, True], ["nonsense"])
+    assert client.of(REFUSE)
+    assert not bench.state.clients
+    end_window(bench)
+    assert isinstance(bench.service().stopping, ServiceStopped)
+    assert worker.of(STOP)
+    assert not bench.service().sessions
