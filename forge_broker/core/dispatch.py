@@ -125,10 +125,9 @@ class Dispatch:
 
     def _home_of_suspect(self, service: Service) -> Replica | None:
         """Where the session of the first suspect lives, if it has one that does: it may run there already."""
-        for request in service.suspects:
-            idx = None if request.session is None else service.pins.get(request.session)
-            return None if idx is None else service.replicas[idx]
-        return None
+        suspect = service.suspects.first()
+        idx = None if suspect is None or suspect.session is None else service.pins.get(suspect.session)
+        return None if idx is None else service.replicas[idx]
 
     def route_all(self, requests: list[Request], endpoint: Endpoint, now: float) -> int:
         """Stateless calls of one endpoint, from the first on while somebody has room: how many found a replica."""

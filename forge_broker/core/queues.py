@@ -74,6 +74,10 @@ class Queue:
                 request.holder = self
         self.length += len(requests)
 
+    def first(self) -> Request | None:
+        """Who is next, left where it is."""
+        return next(iter(self), None)
+
     def pop(self) -> Request:
         for priority in self._order:
             level = self._levels[priority]
