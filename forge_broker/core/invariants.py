@@ -30,16 +30,16 @@ def _calls(broker: Broker) -> list[str]:
     state = broker.state
     holders: dict[int, list[str]] = {}
     for service in state.services.values():
-        for queue in service.queues:
-            for request in queue if queue.length else ():
+        for queue in (*service.queues, *(replica.parked for replica in service.replicas.values())):
+            counted = queue.counted()
+            if queue.length != counted:
+                wrong.append(f"{queue!r} has {counted}")
+            for request in queue if counted else ():
                 holders.setdefault(id(request), []).append(queue.name)
                 if request.holder is not queue:
                     wrong.append(
                         f"{show_request(request.id)} is in {queue.name} but thinks it is in {request.holder!r}"
                     )
-        for replica in service.replicas.values():
-            for request in replica.parked if replica.parked.length else ():
-                holders.setdefault(id(request), []).append(replica.parked.name)
     for key, request in state.ledger:
         holders.setdefault(id(request), []).append(f"ledger of {key}")
         if not isinstance(request.holder, Replica):
@@ -63,13 +63,6 @@ def _calls(broker: Broker) -> list[str]:
                     wrong.append(f"{show_request(part.id)} is answered and still open")
     if held_bytes != state.held_bytes:
         wrong.append(f"held_bytes is {state.held_bytes}, the open calls hold {held_bytes}")
-    for service in state.services.values():
-        for queue in service.queues:
-            if queue.length != queue.counted():
-                wrong.append(f"{queue!r} has {queue.counted()}")
-        for replica in service.replicas.values():
-            if replica.parked.length != replica.parked.counted():
-                wrong.append(f"{replica.parked!r} has {replica.parked.counted()}")
     return wrong
 
 
@@ -78,7 +71,7 @@ def _replicas(broker: Broker) -> list[str]:
     wrong: list[str] = []
     state = broker.state
     for service in state.services.values():
-        healthy = tuple(sorted(replica.idx for replica in service.replicas.values() if replica.healthy))
+        healthy = tuple(sorted(idx for idx, replica in service.replicas.items() if replica.healthy))
         if service.pool.members != healthy:
             wrong.append(f"{service!r}: the pool has {service.pool.members}, healthy are {healthy}")
         roomy = sum(1 << replica.idx for replica in service.replicas.values() if replica.has_room)
@@ -107,8 +100,8 @@ def _replicas(broker: Broker) -> list[str]:
             )
         ):
             wrong.append(f"{service!r}: a suspect does not run alone on {service.cell!r}")
-        waiting: list[Queue] = [queue for queue in service.rotation if queue.length]
-        if waiting and service.pool.roomy:
+        waiting: list[Queue] = [queue for queue in service.rotation if queue.length] if service.pool.roomy else []
+        if waiting:
             wrong.append(f"{service!r}: somebody has room, and {waiting} wait")
     return wrong
 

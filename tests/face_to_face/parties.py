@@ -72,9 +72,11 @@ class Peer:
         due = self.link.next_deadline()
         if due is not None and (self._wake_at is None or due < self._wake_at):
             self._wake_at = due
-            self.world.clock.at(due, self._wake)
+            self.world.clock.at(due, partial(self._wake, due))
 
-    def _wake(self) -> None:
+    def _wake(self, when: float) -> None:
+        if when != self._wake_at:
+            return
         self._wake_at = None
         self.flush()
 

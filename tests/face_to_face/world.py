@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from forge_broker.core import invariants
@@ -142,9 +143,11 @@ class World:
         due = self.broker.next_deadline()
         if due is not None and (self._tick_at is None or due < self._tick_at):
             self._tick_at = due
-            self.clock.at(due, self._tick)
+            self.clock.at(due, partial(self._tick, due))
 
-    def _tick(self) -> None:
+    def _tick(self, when: float) -> None:
+        if when != self._tick_at:
+            return  # something earlier came up since, and whoever looked then has asked again
         self._tick_at = None
         if self.broker_is_down:
             return
