@@ -73,8 +73,10 @@ class Broker:
         catalogue, telling = Catalogue(state), Telling(state)
         self.seating = Seating(state, telling)
         self.lifecycle = Lifecycle(state, self.dispatch, self.sessions, catalogue, self.seating, telling)
-        self.drains = Drains(self.state, self.lifecycle)
-        self.rebuild = Rebuild(state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch)
+        self.drains = Drains(self.state, self.lifecycle, telling)
+        self.rebuild = Rebuild(
+            state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch, answers, telling
+        )
         self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, telling)
         # Who looks when a time has come. Each is given the entry's key, and looks at what is there now.
         self._due: dict[Kind, Callable[[Any, float], None]] = {
@@ -199,7 +201,7 @@ class Broker:
         state = self.state
         # A tool that only looks comes and goes with every `forge status`.
         state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
-        client.gone = True
+        self._left(client)
         if state.claims:
             state.claims = {one: claim for one, claim in state.claims.items() if messages.client_of(one) != client.id}
         del state.links[client.name]
@@ -211,6 +213,11 @@ class Broker:
                 service.owner = None
                 stopped = ServiceStopped(service=service.name, why=": the client that started it is gone")
                 self.lifecycle.stop_service(service, stopped, now)
+
+    def _left(self, client: Client) -> None:
+        client.gone = True
+        if self.state.window is not None:
+            self.state.window.leaves(client)
 
     # Links.
 
@@ -340,6 +347,9 @@ class Broker:
                     self.rebuild.client(link, payloads, now)
         except ForgeError as error:
             state.links.pop(envelope.sender, None)
+            if isinstance(link, Client):
+                del state.clients[link.id]
+                self._left(link)
             state.note("warning", "hello refused", sender=envelope.sender, why=str(error))
             self._refuse(route, envelope.epoch, error)
             return
@@ -448,7 +458,7 @@ class Broker:
     def _do_asked(self, everything: list[Asked], now: float) -> None:
         for asked in everything:
             client = asked.client
-            if self.state.links.get(client.name) is not client:
+            if client.gone:
                 continue
             try:
                 self._client_wants(client, asked.message, Taken(asked.payloads), asked.arrived)

@@ -69,6 +69,11 @@ class Window:
         self.asked: list[Asked] = []
         self.asked_bytes = 0
 
+    def leaves(self, client: Client) -> None:
+        """It is gone again, or was refused: what it declared has nobody."""
+        self.declared = {service: owner for service, owner in self.declared.items() if owner is not client}
+        self.sessions = [one for one in self.sessions if one.client is not client]
+
     def settles(self, service: int, session: str, replica: Replica, used_at: float) -> None:
         """A replica holds this session. A zombie may, too: who was used last is where it lives."""
         known = self.homes.get((service, session))

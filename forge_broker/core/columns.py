@@ -82,6 +82,13 @@ def read_calls(message: list[Any]) -> tuple[int, list[int], list[int], dict[str,
     return endpoint, sequences, sizes, columns
 
 
+def read_fanout(message: list[Any]) -> tuple[int, list[int], list[int], dict[str, Any]]:
+    """The fields of FANOUT as those of CALLS with one item (PROTOCOL.md §7). Raises ProtocolError."""
+    return read_calls(
+        [message[0], message[1], [message[2]], [message[3]], message[4]] if len(message) == 5 else message
+    )
+
+
 def read_replies(message: list[Any]) -> tuple[int, list[int], int | list[int], int | list[int], list[int]]:
     """The fields of REPLIES, checked: epoch, ids, attempts, statuses, sizes. Raises ProtocolError."""
     if len(message) != 6:

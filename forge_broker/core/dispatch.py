@@ -117,10 +117,8 @@ class Dispatch:
 
     def _home_of_suspect(self, service: Service) -> Replica | None:
         """Where the session of the first suspect lives, if it has one that does: it may run there already."""
-        if not service.suspects.length:
-            return None
-        session = service.suspects.first().session
-        idx = None if session is None else service.pins.get(session)
+        suspect = service.suspects.first()
+        idx = None if suspect is None or suspect.session is None else service.pins.get(suspect.session)
         return None if idx is None else service.replicas[idx]
 
     def route_all(self, requests: list[Request], endpoint: Endpoint, now: float) -> int:
@@ -192,7 +190,7 @@ class Dispatch:
     def _serve_parked(self, queue: Queue, owner: Replica, alone: bool, now: float) -> None:
         """What waits for this replica, which has room."""
         first = queue.first()
-        lane = _lane_of(first)
+        lane = None if first is None else _lane_of(first)
         if lane is not None:
             # It came here with the rest of its batch.
             alike = takewhile(lambda one: _lane_of(one) is lane, queue)

@@ -11,7 +11,7 @@ from forge_broker.core.answers import Answers
 from forge_broker.core.batcher import Batcher
 from forge_broker.core.claims import Claim
 from forge_broker.core.clients import Client
-from forge_broker.core.columns import batching, fill, read_calls
+from forge_broker.core.columns import batching, fill, read_calls, read_fanout
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.queues import Queue
@@ -218,9 +218,7 @@ class Intake:
 
     def fanout(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
         """FANOUT: the call goes to every replica that is healthy now, once, and nowhere else (A5)."""
-        endpoint_id, (sequence,), (size,), columns = read_calls(
-            [message[0], message[1], [message[2]], [message[3]], message[4]] if len(message) == 5 else message
-        )
+        endpoint_id, (sequence,), (size,), columns = read_fanout(message)
         payload = payloads.take(size)
         state = self._state
         endpoint = state.endpoints.get(endpoint_id)

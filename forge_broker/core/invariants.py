@@ -33,16 +33,18 @@ def _calls(broker: Broker) -> list[str]:
     state = broker.state
     holders: dict[int, list[str]] = {}
     for service in state.services.values():
-        for queue in service.queues:
-            for request in queue if queue.length else ():
+        for queue in (*service.queues, *(replica.parked for replica in service.replicas.values())):
+            counted = queue.counted()
+            if queue.length != counted:
+                wrong.append(f"{queue!r} has {counted}")
+            if isinstance(queue, Lane) and queue.length and not queue.waiting and queue.timer_at > queue.flush_at:
+                wrong.append(f"{queue!r} is to be flushed at {queue.flush_at}, and looked at at {queue.timer_at}")
+            for request in queue if counted else ():
                 holders.setdefault(id(request), []).append(queue.name)
                 if request.holder is not queue:
                     wrong.append(
                         f"{show_request(request.id)} is in {queue.name} but thinks it is in {request.holder!r}"
                     )
-        for replica in service.replicas.values():
-            for request in replica.parked if replica.parked.length else ():
-                holders.setdefault(id(request), []).append(replica.parked.name)
     for key, request_id, one in state.ledger:
         if isinstance(one, Slice):
             if request_id not in one.left or one.client.calls.get(request_id) is not one:
@@ -77,15 +79,6 @@ def _calls(broker: Broker) -> list[str]:
                     wrong.append(f"{show_request(part.id)} is answered and still open")
     if held_bytes != state.held_bytes:
         wrong.append(f"held_bytes is {state.held_bytes}, the open calls hold {held_bytes}")
-    for service in state.services.values():
-        for queue in service.queues:
-            if queue.length != queue.counted():
-                wrong.append(f"{queue!r} has {queue.counted()}")
-            if isinstance(queue, Lane) and queue.length and not queue.waiting and queue.timer_at > queue.flush_at:
-                wrong.append(f"{queue!r} is to be flushed at {queue.flush_at}, and looked at at {queue.timer_at}")
-        for replica in service.replicas.values():
-            if replica.parked.length != replica.parked.counted():
-                wrong.append(f"{replica.parked!r} has {replica.parked.counted()}")
     return wrong
 
 
@@ -94,7 +87,7 @@ def _replicas(broker: Broker) -> list[str]:
     wrong: list[str] = []
     state = broker.state
     for service in state.services.values():
-        healthy = tuple(sorted(replica.idx for replica in service.replicas.values() if replica.healthy))
+        healthy = tuple(sorted(idx for idx, replica in service.replicas.items() if replica.healthy))
         if service.pool.members != healthy:
             wrong.append(f"{service!r}: the pool has {service.pool.members}, healthy are {healthy}")
         roomy = sum(1 << replica.idx for replica in service.replicas.values() if replica.has_room)
@@ -126,10 +119,10 @@ def _replicas(broker: Broker) -> list[str]:
         # In a lane calls may wait for their batch to be full; one that is full waits for room alone.
         waiting: list[Queue] = [
             queue
-            for queue in service.rotation
+            for queue in (service.rotation if service.pool.roomy else ())
             if queue.length >= (queue.batcher.size if isinstance(queue, Lane) else 1)
         ]
-        if waiting and service.pool.roomy:
+        if waiting:
             wrong.append(f"{service!r}: somebody has room, and {waiting} wait")
     return wrong
 

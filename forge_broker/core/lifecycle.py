@@ -221,15 +221,7 @@ class Lifecycle:
         worker.move(WorkerMove.SILENT)
         state.note("warning", "worker lost", worker=worker.name, why=why)
         state.deadlines.add(now + LOST_KEPT_S, Kind.SILENCE, worker.name)
-        replica: Replica | None = worker.replica
-        worker.replica = None
-        if replica is None or replica.ranks[worker.rank] is not worker:
-            return
-        replica.ranks[worker.rank] = None
-        if replica.state is ReplicaState.DRAINING:
-            self._check_stopped(replica, now)
-        else:
-            self.replica_lost(replica, f"rank {worker.rank}: {why}", [], now)
+        self._leave_seat(worker, why, [], now, blame=True)
 
     def heard_again(self, worker: Worker, now: float) -> None:
         """A worker that was taken for dead lives: what it ran has gone to others, and its replies are fenced."""
@@ -283,7 +275,12 @@ class Lifecycle:
                 state.slots[gpu] = f"{KEPT}{worker.name}"
                 state.deadlines.add(now + SLOT_KEPT_S, Kind.SLOT, (gpu, state.slots[gpu]))
         state.note("info", "worker gone", worker=worker.name, why=why)
+        self._leave_seat(worker, why, last_lines, now, blame=blame)
+
+    def _leave_seat(self, worker: Worker, why: str, last_lines: list[str], now: float, *, blame: bool) -> None:
+        """A rank is empty: its replica is lost by that, unless it was on its way out."""
         replica: Replica | None = worker.replica
+        worker.replica = None
         if replica is None or replica.ranks[worker.rank] is not worker:
             return
         replica.ranks[worker.rank] = None

@@ -74,12 +74,12 @@ class Queue:
                 request.holder = self
         self.length += len(requests)
 
-    def first(self) -> Request:
-        """Who is next. Raises LookupError when nobody is."""
+    def first(self) -> Request | None:
+        """Who is next, left where it is."""
         for priority in self._order:
             for request in self._levels[priority].values():
                 return request
-        raise LookupError(f"{self!r} is empty")
+        return None
 
     def pop(self) -> Request:
         for priority in self._order:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from forge_broker.core.answers import Answers
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.claims import Asked, Declared, Window
 from forge_broker.core.clients import Client
-from forge_broker.core.columns import read_replies, read_states
+from forge_broker.core.columns import read_calls, read_fanout, read_replies, read_states
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.lifecycle import Lifecycle
@@ -24,8 +25,9 @@ from forge_broker.core.services import Replay, Service, read_spec
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
 from forge_broker.core.status import missing
+from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker
-from forge_contract.errors import Overloaded, ProtocolError, ServiceStopped
+from forge_contract.errors import ForgeError, OutcomeUnknown, Overloaded, ProtocolError, ServiceStopped
 from forge_contract.framing import Payload, Payloads, weigh
 from forge_contract.messages import CALLS, CONTROL, FANOUT, Message, client_of, spread
 
@@ -54,6 +56,8 @@ class Rebuild:
         lifecycle: Lifecycle,
         sessions: Sessions,
         dispatch: Dispatch,
+        answers: Answers,
+        telling: Telling,
     ) -> None:
         self._state = state
         self._catalogue = catalogue
@@ -61,6 +65,8 @@ class Rebuild:
         self._dispatch = dispatch
         self._lifecycle = lifecycle
         self._sessions = sessions
+        self._answers = answers
+        self._telling = telling
 
     def open(self, now: float) -> None:
         state = self._state
@@ -190,18 +196,44 @@ class Rebuild:
             claim.parts[worker.rank] = (status, payload, worker.trusted)
 
     def lay_aside(self, client: Client, message: Message, payloads: Payloads, now: float) -> None:
-        """Something a client wants. Raises ProtocolError; Overloaded when so much has been asked that it cannot be kept."""
+        """Something a client wants; more than can be kept is refused. Raises ProtocolError."""
         window = self._window()
         named = message[_SIZES[message[0]]] if len(message) > _SIZES.get(message[0], len(message)) else []
         sizes = named if isinstance(named, list) else [named]
         if set(map(type, sizes)) - {int}:
             raise ProtocolError("sizes that are no int")
         taken = payloads.take_all(sizes)
-        window.asked_bytes += sum(len(one) if type(one) is bytes else weigh(one) for one in taken)
-        limit = self._state.config.max_queue_bytes
-        if window.asked_bytes > limit:
-            raise Overloaded(what="the broker", limit_name="max_queue_bytes", limit=limit, retry_after_s=1.0)
+        weight = sum(len(one) if type(one) is bytes else weigh(one) for one in taken)
+        if weight and window.asked_bytes + weight > self._state.config.max_queue_bytes:
+            self._refuse(client, message, now)
+            return
+        window.asked_bytes += weight
         window.asked.append(Asked(client, message, taken, now))
+
+    def _refuse(self, client: Client, message: Message, now: float) -> None:
+        """It cannot be kept until the window ends. Raises ProtocolError for what could not have been answered then either."""
+        state = self._state
+        state.counters["overloaded"] += 1
+        limit = state.config.max_queue_bytes
+        wait_s = max(0.5, self._window().until - now)
+        error: ForgeError = Overloaded(
+            what="the broker, which is recovering,", limit_name="max_queue_bytes", limit=limit, retry_after_s=wait_s
+        )
+        if message[0] == CONTROL:
+            if len(message) != 5 or type(message[1]) is not int:
+                raise ProtocolError("CONTROL is [19, number, op, fields, size]")
+            self._telling.answer(client, message[1], False, {"error": error.to_wire()}, None)
+            return
+        endpoint_id, sequences, _, columns = read_calls(message) if message[0] == CALLS else read_fanout(message)
+        endpoint = state.endpoints.get(endpoint_id)
+        if "again" in columns and (endpoint is None or endpoint.at_most_once):
+            # Our predecessor had it. Who is told Overloaded takes it for not run, and tries again.
+            name = f"endpoint {endpoint_id}" if endpoint is None else endpoint.full_name
+            error = OutcomeUnknown(
+                endpoint=name, why=f"the broker died, and its successor had no room for it ({error})"
+            )
+        for sequence in sequences:
+            self._answers.reject(client, sequence, error)
 
     def states(self, worker: Worker, message: Message, payloads: Payloads) -> None:
         """STATES: checkpoints of sessions whose clients may not be back yet."""
@@ -224,6 +256,7 @@ class Rebuild:
         """Take stock; returns what was laid aside, for `broker` to do now. Claims stay known until it is done."""
         state, window = self._state, self._window()
         state.note("info", "recovered", services=len(state.services), missing=missing(state))
+        state.counters["recovery_unheard"] += len(self._unheard())
         state.window = None
         state.claims = window.claims
         for service_id, owner in window.owners.items():
@@ -261,11 +294,7 @@ class Rebuild:
     def _reopen(self, declared: Declared, window: Window, now: float) -> None:
         """A session, where it lives. One that was used and that no worker speaks for has lost its state (S3)."""
         service = self._state.services.get(declared.service)
-        if (
-            service is None
-            or service.stopping is not None
-            or self._state.links.get(declared.client.name) is not declared.client
-        ):
+        if service is None or service.stopping is not None:
             return
         self._sessions.open(service, declared.client, declared.session, declared.hints, now)
         session = service.sessions[declared.session]
@@ -295,6 +324,15 @@ class Rebuild:
             return False
         announced = link.hello.get("holds") or link.hello.get("declares") or {}
         return bool(announced.get("replies") is True or announced.get("waiting"))
+
+    def _unheard(self) -> set[str]:
+        """Who has something to say that bears on what ran, and has not said it: the links that still owe, and the clients that others
+        tell of and that did not come. What they hold or wait for may run a second time."""
+        state, window = self._state, self._window()
+        told_of = {client_of(request) for request in window.claims}
+        told_of |= {owner for service, owner in window.owners.items() if owner and service not in window.declared}
+        absent = {f"client {one}" for one in told_of - set(state.clients)}
+        return absent | {link.name for link in state.links.values() if self._owes(link)}
 
     def settle(self, now: float) -> None:
         """All that was asked has been done: what is still claimed, nobody waits for."""

@@ -52,6 +52,7 @@ def test_a_queue_is_first_in_first_out_within_a_priority(steps: list[tuple[str, 
             else:
                 queue.remove(gone)
         assert list(queue) == sorted(model, key=lambda one: -one.priority)
+        assert queue.first() is next(iter(queue), None)
         assert len(queue) == len(model)
     assert queue.drain() == sorted(model, key=lambda one: -one.priority)
     with pytest.raises(LookupError):

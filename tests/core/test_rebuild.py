@@ -8,8 +8,22 @@ import pytest
 
 from forge_broker.core.actions import KillPeer, Launch
 from forge_broker.core.replicas import ReplicaState
-from forge_contract.errors import OutcomeUnknown
-from forge_contract.messages import DROP, IMPORT, OK, REFUSE, REPLAY, REPLIES, SETTLED, STATES, STOP, request_id
+from forge_contract.errors import OutcomeUnknown, Overloaded, ServiceStopped
+from forge_contract.messages import (
+    CALLS,
+    CONTROL,
+    DROP,
+    FANOUT,
+    IMPORT,
+    OK,
+    REFUSE,
+    REPLAY,
+    REPLIES,
+    SETTLED,
+    STATES,
+    STOP,
+    request_id,
+)
 from tests.core.peers import TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer, spec
 
 SERVICE, ENDPOINT = 5, 6
@@ -66,6 +80,49 @@ def test_services_replicas_and_their_owner_are_there_again_under_their_old_ids()
         assert len(client.results) == 1
         assert not bench.of(Launch)
         assert bench.state.next_id() > ENDPOINT
+
+
+def test_what_cannot_be_kept_until_the_window_ends_is_refused_and_nobody_is_dropped() -> None:
+    """W8, F10: with Overloaded, at once; what was asked before it, and what still fits after it, is done."""
+    bench = Bench(recovering=True, max_queue_bytes=100)
+    worker = worker_back(bench, 0)
+    client = client_back(bench)
+    (kept,) = client.call(ENDPOINT, b"x" * 90)
+    refused = [*client.call(ENDPOINT, b"y" * 6, b"z" * 6), client.fanout(ENDPOINT, b"w" * 11)]
+    control = client.deploy(b"v" * 11)
+    errors = [*map(client.error, refused), client.answers[control]]
+    assert all(isinstance(error, Overloaded) and error.retry_after_s > 0 for error in errors)
+    (fits,) = client.call(ENDPOINT, b"u" * 10)
+    assert not client.of(REFUSE)
+    assert bench.state.links[client.name].channel.received
+    assert bench.state.counters["overloaded"] == 3  # messages
+    end_window(bench)
+    assert worker.seen == [b"x" * 90, b"u" * 10]
+    worker.reply()
+    assert sorted(client.results) == sorted([kept, fits, *refused])
+
+
+def test_a_call_that_may_have_run_and_cannot_be_kept_is_not_called_overloaded() -> None:
+    """F3, F10: who is told Overloaded tries again; what is delivered at most once had been sent before."""
+    once, often = deed(), deed()
+    once["spec"]["endpoints"][0]["options"]["delivery"] = "at_most_once"
+    for known, expected in ((once, OutcomeUnknown), (often, Overloaded), (None, OutcomeUnknown)):
+        bench = Bench(recovering=True, max_queue_bytes=10)
+        if known is not None:
+            worker_back(bench, 0, of=known)
+        client = bench.client(client=OWNER, declares={"services": [], "sessions": []})
+        (refused,) = client.call(ENDPOINT, b"x" * 11, again=True)
+        assert type(client.error(refused)) is expected
+
+
+def test_nonsense_is_a_broken_protocol_even_when_there_is_no_room_for_it() -> None:
+    """W8."""
+    for message in ([CONTROL, "one", "status", {}, 11], [CALLS, ENDPOINT, [0], [11], {}], [FANOUT, ENDPOINT, 1, 11]):
+        bench = Bench(recovering=True, max_queue_bytes=10)
+        client = bench.client()
+        client.say(message, packed=b"x" * 11)
+        assert client.of(REFUSE), message
+        assert client.name not in bench.state.links
 
 
 def test_a_call_that_a_worker_runs_is_not_run_again() -> None:
@@ -394,3 +451,44 @@ def test_behind_a_client_that_does_not_read_the_books_of_its_worker_stay_bounded
     reader.call(endpoint, b"b")
     assert len(books) == books.maxlen
     assert reader.results[1][1] == b"a"
+
+
+def test_whoever_has_not_spoken_when_the_window_ends_is_counted() -> None:
+    """F10: what it ran or waits for may run twice, which is worth knowing."""
+    bench = Bench(recovering=True)
+    worker_back(bench, 0, running=[[id_of(1), 1]])  # its owner, who waits for that call, does not come
+    worker_back(bench, 1, replies=True)  # and sends none
+    end_window(bench)
+    bench.advance(bench.state.config.recovery_s + 0.1)
+    assert bench.state.counters["recovery_unheard"] == 2
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0, replies=True)
+    client = client_back(bench)
+    worker.say([REPLIES, 3, [id_of(1)], 1, OK, [4]], packed=b"done")
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    assert bench.state.counters["recovery_unheard"] == 0
+
+
+def test_an_owner_that_goes_again_in_the_window_takes_its_service_along() -> None:
+    """F10, A10: nobody else would ever end it."""
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0)
+    bench.handle_gone(client_back(bench, [SERVICE, "s", {}, True]))
+    end_window(bench)
+    assert isinstance(bench.service().stopping, ServiceStopped)
+    assert worker.of(STOP)
+    assert not bench.service().sessions
+
+
+def test_an_owner_whose_hello_is_refused_owns_nothing() -> None:
+    """F10, W8: also what it had declared before the nonsense."""
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0)
+    client = client_back(bench, [SERVICE, "s", {}, True], ["nonsense"])
+    assert client.of(REFUSE)
+    assert not bench.state.clients
+    end_window(bench)
+    assert isinstance(bench.service().stopping, ServiceStopped)
+    assert worker.of(STOP)
+    assert not bench.service().sessions

@@ -72,9 +72,11 @@ class Peer:
         due = self.link.next_deadline()
         if due is not None and (self._wake_at is None or due < self._wake_at):
             self._wake_at = due
-            self.world.clock.at(due, self._wake)
+            self.world.clock.at(due, partial(self._wake, due))
 
-    def _wake(self) -> None:
+    def _wake(self, when: float) -> None:
+        if when != self._wake_at:
+            return
         self._wake_at = None
         self.flush()
 
@@ -390,9 +392,13 @@ class SimWorker(Peer):
         self.started.append((request, attempt, payload, session))
         self.world.history.append((self.link.name, request, attempt))
         seconds, status, result = self.world.actor(self, method, payload)
-        self._later(seconds, partial(self._finish, request, attempt, status, result, session))
+        self._later(seconds, partial(self._finish, request, attempt, payload, status, result, session))
 
-    def _finish(self, request: int, attempt: int, status: int, payload: bytes, session: str | None) -> None:
+    def _finish(
+        self, request: int, attempt: int, arguments: bytes, status: int, payload: bytes, session: str | None
+    ) -> None:
+        if session is not None:
+            self.world.ended[session, arguments] += 1
         queue = self._queues.get(session) if session is not None else None
         if session is not None and queue is not None:
             self.counts[session] = self.counts.get(session, 0) + 1
