@@ -2,13 +2,14 @@
 
 A batch does not exist before it leaves: its calls wait in their lane, cancelled and ordered like any others, until the lane is *ripe*
 and a replica has room; what comes while all are busy still fills it. `dispatch` asks `ripe` and takes the batch, which is in flight from
-then on. Why each was flushed, how large it was and how long its first call waited is counted here.
+then on. Calls of sessions that share batches (`batch_sessions`) wait where all calls of their replica do, for their order; `next_of` finds
+batches among them. Why each was flushed, how large it was and how long its first call waited is counted here.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ from forge_broker.core.requests import Request
 
 LANES_AT_MOST: Final = 256  # of one endpoint, that are kept when they are empty; keys may be many
 SHARE_OF_PATIENCE: Final = 0.5  # of a call's timeout that may pass before its batch leaves: the rest is to run in
+
+LOOKED_AT: Final = 4  # sizes of a batch: how far into a replica's queue company is looked for
 
 PLAIN: Final = (0, None, 1.0)
 """Shape, key and weight of a call that says nothing."""
@@ -60,12 +63,22 @@ class Batcher:
         self.timeout_s: float = options.get("batch_timeout", 0.01)
         self.max_weight: float = options.get("batch_max_weight") or inf
         self.eager: bool = bool(options.get("batch_eager"))
+        self.sessions: bool = bool(options.get("batch_sessions"))
         self.lanes: dict[tuple[int, Any, bool], Lane] = {}  # by shape, key and trust
         self.length = 0  # calls in all of them
         self.stats = BatchStats()
 
     def __repr__(self) -> str:
         return f"<Batcher {self.name} {self.length} waiting in {len(self.lanes)} lanes>"
+
+    def patience(self, request: Request) -> tuple[float, str]:
+        """Until when this call waits for company, and what has passed then."""
+        due, why = request.queued_at + self.timeout_s, "timeout"
+        if request.deadline is not None:
+            half = request.queued_at + (request.deadline - request.queued_at) * SHARE_OF_PATIENCE
+            if half < due:
+                due, why = half, "deadline"
+        return due, why
 
     def lane_of(self, request: Request) -> Lane:
         """Where this call waits."""
@@ -82,7 +95,7 @@ class Batcher:
 class Lane(Queue):
     """Calls that may share a batch. `flush_at`: when the first of them has waited long enough, inf while there is none."""
 
-    __slots__ = ("batcher", "flush_at", "kind", "timer_at", "weight", "why")
+    __slots__ = ("batcher", "flush_at", "kind", "weight", "why")
 
     def __init__(self, batcher: Batcher, kind: tuple[int, Any, bool]) -> None:
         super().__init__(f"{batcher.name} batches")
@@ -91,7 +104,6 @@ class Lane(Queue):
         self.weight = 0.0  # of all its calls
         self.flush_at = inf
         self.why = ""  # of `flush_at`
-        self.timer_at = inf  # when the deadline heap will look at it
 
     def ripe(self, now: float) -> str:
         """Why a batch is to leave now: "size", "weight", "timeout", "deadline", "drain", "loss", "eager". Empty: none is."""
@@ -156,11 +168,7 @@ class Lane(Queue):
         return found
 
     def _expect(self, request: Request) -> None:
-        due, why = request.queued_at + self.batcher.timeout_s, "timeout"
-        if request.deadline is not None:
-            patience_s = (request.deadline - request.queued_at) * SHARE_OF_PATIENCE
-            if request.queued_at + patience_s < due:
-                due, why = request.queued_at + patience_s, "deadline"
+        due, why = self.batcher.patience(request)
         if due < self.flush_at:
             self.flush_at, self.why = due, why
 
@@ -179,3 +187,48 @@ class Lane(Queue):
 
 def _weight(request: Request) -> float:
     return 1.0 if request.batching is None else request.batching[2]
+
+
+def lane_of(request: Request) -> Lane | None:
+    """Where a call that is batched waits, or would; None: it runs by itself (S4)."""
+    batcher: Batcher | None = request.endpoint.batcher
+    if batcher is None or request.gather is not None or (request.session is not None and not batcher.sessions):
+        return None
+    return batcher.lane_of(request)
+
+
+def next_of(waiting: Iterable[Request], serial: bool, now: float) -> tuple[list[Request], Lane | None, str, float]:
+    """Of the calls that wait for one replica, in order: those that are to leave now, the lane they are a batch of (None: one that runs by
+    itself) and why; none, and when to look again, while all wait for company. Each session's calls keep their order; `serial`: no
+    two of one session are in a batch, for its state is exported after each.
+    """
+    found: dict[int, tuple[Lane, list[Request]]] = {}
+    place: dict[str, int] = {}  # session → the lane that its calls wait in here; 0: none after them may go before
+    looked = 0
+    for request in waiting:
+        lane = lane_of(request)
+        session = request.session
+        if session is not None and session in place and (serial or lane is None or place[session] != id(lane)):
+            place[session] = 0
+            continue
+        if lane is None:
+            return [request], None, "", inf
+        batcher = lane.batcher
+        _, members = found.setdefault(id(lane), (lane, []))
+        if members and sum(map(_weight, members)) + _weight(request) > batcher.max_weight:
+            return members, lane, "weight", inf
+        members.append(request)
+        if session is not None:
+            place[session] = id(lane)
+        if len(members) == batcher.size:
+            return members, lane, "size", inf
+        looked += 1
+        if looked > LOOKED_AT * batcher.size:
+            break
+    again = inf
+    for lane, members in found.values():
+        due, why = min(map(lane.batcher.patience, members))
+        if due <= now or lane.batcher.eager:
+            return members, lane, why if due <= now else "eager", inf
+        again = min(again, due)
+    return [], None, "", again

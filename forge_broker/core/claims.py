@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from forge_broker.core.clients import Client
 from forge_broker.core.replicas import Replica
+from forge_broker.core.requests import Batch
 from forge_broker.core.services import Replay
 from forge_broker.core.workers import Worker
 from forge_contract.framing import Payload
@@ -21,14 +22,35 @@ Part = tuple[int, Payload, bool]
 class Claim:
     """One attempt of a request, as the ranks of one replica tell of it."""
 
-    __slots__ = ("attempt", "parts", "replica", "reserved", "running")
+    __slots__ = ("attempt", "batch", "parts", "replica", "reserved", "running")
 
     def __init__(self, replica: Replica, attempt: int) -> None:
         self.replica = replica
         self.attempt = attempt
         self.running: dict[int, Worker] = {}  # by rank
         self.parts: dict[int, Part] = {}  # of ranks that have ended it
+        self.batch: Batch | None = None  # that it runs in; `open` counts those with room reserved
         self.reserved = False  # its room is taken already
+
+    def reserve(self) -> bool:
+        """Take its room, if there is: one unit, or a share in its batch's."""
+        pool, batch = self.replica.pool, self.batch
+        shares = batch is not None and batch.open > 0
+        if pool is None or not (shares or self.replica.has_room):
+            return False
+        if not shares:
+            pool.took(self.replica)
+        if batch is not None:
+            batch.open += 1
+        self.reserved = True
+        return True
+
+    def give_up(self) -> None:
+        """Nobody waits for it: what room was reserved for it is free."""
+        room = 1 if self.batch is None else self.batch.ended(1)
+        if room and self.replica.pool is not None:
+            self.replica.pool.gave(self.replica, room)
+        self.reserved = False
 
 
 class Asked:

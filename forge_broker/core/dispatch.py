@@ -8,13 +8,13 @@ is for `returns` to say.
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import groupby, islice, takewhile
+from itertools import groupby
 from math import inf
 from operator import attrgetter
 from typing import Any
 
 from forge_broker.core.answers import Answers
-from forge_broker.core.batcher import Lane
+from forge_broker.core.batcher import Lane, next_of
 from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.queues import Queue
@@ -48,40 +48,39 @@ class Dispatch:
         """
         pool = service.pool
         ready = service.ready
-        unpinned = service.unpinned
         if service.cell is not None or service.suspects.length:
             self._isolate(service, now)
         while ready and pool.roomy:
             queue = ready[0]
-            owner = queue.replica
-            if not queue.length or (owner is not None and not owner.has_room):
+            if not queue.length or not self._take_turn(queue, service, len(ready) == 1, now):
                 queue.waiting = False
                 ready.popleft()
-                continue
-            alone = len(ready) == 1
-            if owner is not None:
-                self._serve_parked(queue, owner, alone, now)
-            elif type(queue) is Lane:
-                if not self._flush(queue, service, now):
-                    queue.waiting = False
-                    ready.popleft()
-                    continue
-            elif queue is unpinned:
-                request = queue.pop()
-                replica = self._replica_of_session(service, request, now)
-                if replica is not None:
-                    # Even with room: an older call of its session may be parked there, and must not be overtaken.
-                    replica.parked.push(request)
-                    service.wake(replica.parked)
-            elif alone and queue.deal is not None:
-                for replica, count in queue.deal(pool, queue.length):
-                    self._dispatch_mixed(queue.take(count), replica, now)
-            else:
-                self._route(queue.pop(), service, now)
-            if len(ready) > 1:
+            elif len(ready) > 1:
                 ready.rotate(-1)
         if not pool.members:
             self._await_replica(service, now)
+
+    def _take_turn(self, queue: Queue, service: Service, alone: bool, now: float) -> bool:
+        """One turn of a queue that has something, while somebody has room. False: it has nothing to give for now. `alone`: no other queue
+        waits for its turn, so that it may give more than one call."""
+        owner = queue.replica
+        if owner is not None:
+            return owner.has_room and self._serve_parked(queue, owner, alone, now)
+        if isinstance(queue, Lane):
+            return self._flush(queue, service, now)
+        if queue is service.unpinned:
+            request = queue.pop()
+            replica = self._replica_of_session(service, request, now)
+            if replica is not None:
+                # Even with room: an older call of its session may be parked there, and must not be overtaken.
+                replica.parked.push(request)
+                service.wake(replica.parked)
+        elif alone and queue.deal is not None:
+            for replica, count in queue.deal(service.pool, queue.length):
+                self._dispatch_mixed(queue.take(count), replica, now)
+        else:
+            self._route(queue.pop(), service, now)
+        return True
 
     def _isolate(self, service: Service, now: float) -> None:
         """A suspect runs alone (F4): a replica is kept free for it, gets it when it has ended everything else, and is opened again when
@@ -163,9 +162,7 @@ class Dispatch:
         """A batch of this lane leaves, if it is ripe: one decision of the router for all (B2), by the hints of the first."""
         reason = lane.ripe(now)
         if not reason:
-            if lane.flush_at < lane.timer_at:
-                lane.timer_at = lane.flush_at
-                self._state.deadlines.add(lane.flush_at, Kind.BATCH, (service, lane))
+            self._look_again(service, lane, lane.flush_at)
             return False
         batch = lane.batch()
         first = batch[0]
@@ -180,25 +177,37 @@ class Dispatch:
             self._park(batch, replica)
         return True
 
-    def batch_due(self, key: tuple[Service, Lane], now: float) -> None:
-        """A lane may be ripe."""
-        service, lane = key
-        lane.timer_at = inf
-        service.wake(lane)
+    def batch_due(self, key: tuple[Service, Queue], now: float) -> None:
+        """A batch may be to leave."""
+        service, queue = key
+        queue.timer_at = inf
+        service.wake(queue)
         self.pump(service, now)
 
-    def _serve_parked(self, queue: Queue, owner: Replica, alone: bool, now: float) -> None:
-        """What waits for this replica, which has room."""
-        first = queue.first()
-        lane = None if first is None else _lane_of(first)
-        if lane is not None:
-            # It came here with the rest of its batch.
-            alike = takewhile(lambda one: _lane_of(one) is lane, queue)
-            self._dispatch_batch(queue.take(len(list(islice(alike, lane.batcher.size)))), owner, now)
-        elif alone and not owner.service.batches:
-            self._dispatch_mixed(queue.take(owner.limit - owner.active), owner, now)
+    def _serve_parked(self, queue: Queue, owner: Replica, alone: bool, now: float) -> bool:
+        """What waits for this replica, which has room. False: it waits for company."""
+        service: Service = owner.service
+        if not service.batches:
+            self._dispatch_mixed(queue.take(owner.limit - owner.active if alone else 1), owner, now)
+            return True
+        requests, lane, reason, again = next_of(queue, service.exports, now)
+        if not requests:
+            self._look_again(service, queue, again)
+            return False
+        for request in requests:
+            queue.remove(request)
+        if lane is None:
+            self._dispatch(requests, owner, now)
         else:
-            self._dispatch(queue.take(1), owner, now)
+            if requests[0].session is not None:  # else it was counted when it came here
+                lane.batcher.stats.left(reason, len(requests), now - requests[0].queued_at)
+            self._dispatch_batch(requests, owner, now)
+        return True
+
+    def _look_again(self, service: Service, queue: Queue, when: float) -> None:
+        if when < queue.timer_at:
+            queue.timer_at = when
+            self._state.deadlines.add(when, Kind.BATCH, (service, queue))
 
     def _dispatch_batch(self, requests: list[Request], replica: Replica, now: float) -> None:
         """Calls that run together on a replica with room for one more (B2)."""
@@ -421,12 +430,3 @@ class Dispatch:
             for replica in service.replicas.values()
         ]
         return NoHealthyReplicas(service=service.name, waited_s=waited_s, replicas=doing)
-
-
-def _lane_of(request: Request) -> Lane | None:
-    """Where a call that is batched would wait; None: it runs by itself (S4)."""
-    batcher = request.endpoint.batcher
-    if batcher is None or request.session is not None or request.gather is not None:
-        return None
-    lane: Lane = batcher.lane_of(request)
-    return lane

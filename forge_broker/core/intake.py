@@ -190,6 +190,7 @@ class Intake:
                     worker.unsettled.append((worker.channel.received, request, 0))
         elif claim.reserved and all(rank in claim.parts or rank in claim.running for rank in wanted):
             request.holder = replica
+            request.batch = claim.batch
             self._state.ledger.held[replica.key][request.id] = request
             claim.reserved = False
             self._dispatch.watch(replica, request.endpoint, now)
@@ -197,8 +198,8 @@ class Intake:
             # It may have run in part; the replica is gone, and with it what the others knew.
             request.holder = replica
             self._returns.take_back(replica, [request], "it did not come back to the broker", now, lost=True)
-        if claim.reserved and replica.pool is not None:
-            replica.pool.gave(replica, 1)
+        if claim.reserved:
+            claim.give_up()
 
     def _enqueue(self, requests: list[Request], endpoint: Endpoint, now: float) -> None:
         """Into the endpoint's queue, or its batchers' lanes, as many as its limit allows."""

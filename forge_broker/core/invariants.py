@@ -6,6 +6,7 @@ Each violation is a sentence; all of them are raised together.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 
 from forge_broker.core.batcher import Lane
 from forge_broker.core.broker import Broker
@@ -103,7 +104,7 @@ def _replicas(broker: Broker) -> list[str]:
                 wrong.append(f"{replica!r} is HEALTHY with ranks {replica.ranks}")
             if replica.parked.length and not replica.healthy and replica.state is not ReplicaState.DRAINING:
                 wrong.append(f"{replica!r} has {replica.parked.length} parked")
-            if replica.parked.length and replica.has_room:
+            if replica.parked.length and replica.has_room and replica.parked.timer_at == inf:
                 wrong.append(f"{replica!r} has room and {replica.parked.length} parked")
         if service.cell is not None and service.cell.state is not ReplicaState.HEALTHY:
             wrong.append(f"{service!r}: suspects are to run on {service.cell!r}")

@@ -20,6 +20,7 @@ from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.links import Link
 from forge_broker.core.placement import Seat
 from forge_broker.core.replicas import Replica, ReplicaState
+from forge_broker.core.requests import Batch
 from forge_broker.core.seating import Seating
 from forge_broker.core.services import Replay, Service, read_spec
 from forge_broker.core.sessions import Sessions
@@ -103,8 +104,15 @@ class Rebuild:
             raise ProtocolError("HELLO: holds is a map, with the constructor's arguments as payload")
         wrong = [name for name, kind in wanted.items() if type(held.get(name)) is not kind]
         running, sessions = held.get("running") or [], held.get("sessions") or []
-        if wrong or not all(_is_running(one) for one in running) or not all(map(_is_session, sessions)):
-            raise ProtocolError(f"HELLO: holds with a wrong {', '.join(wrong) or 'running or sessions'}")
+        batches = held.get("batches") or []
+        if (
+            wrong
+            or not all(map(_is_running, running))
+            or not all(map(_is_session, sessions))
+            or type(batches) is not list
+            or not all(map(_is_batch, batches))
+        ):
+            raise ProtocolError(f"HELLO: holds with a wrong {', '.join(wrong) or 'running, batches or sessions'}")
         service = self._service(held["deed"], payloads[0], worker.trusted, now)
         replica = self._replica(service, held["replica"], held["epoch"], now)
         worker.launch = 0  # its number was our predecessor's; to us it is one that somebody else started
@@ -118,6 +126,14 @@ class Rebuild:
             claim = window.claim(request, replica, attempt)
             if claim is not None:
                 claim.running[worker.rank] = worker
+        for ids in batches:
+            claims = [
+                claim for one in ids if (claim := window.claims.get(one)) is not None and claim.replica is replica
+            ]
+            known = next((claim.batch for claim in claims if claim.batch is not None), None)  # as another rank told
+            batch = known or Batch(0)
+            for claim in claims:
+                claim.batch = batch
         for sid, age_s in sessions:
             window.settles(service.id, sid, replica, now - age_s)
 
@@ -280,9 +296,8 @@ class Rebuild:
             claim.running = {
                 rank: worker for rank, worker in claim.running.items() if claim.replica.ranks[rank] is worker
             }
-            if claim.running and claim.replica.has_room:
-                claim.replica.pool.took(claim.replica)  # type: ignore[union-attr]  # it has room, so it is in a pool
-                claim.reserved = True
+            if claim.running:
+                claim.reserve()
         for declared in window.sessions:
             self._reopen(declared, window, now)
         for (service_id, sid), (home, _) in window.homes.items():
@@ -337,8 +352,8 @@ class Rebuild:
     def settle(self, now: float) -> None:
         """All that was asked has been done: what is still claimed, nobody waits for."""
         for request, claim in self._state.claims.items():
-            if claim.reserved and claim.replica.pool is not None:
-                claim.replica.pool.gave(claim.replica, 1)
+            if claim.reserved:
+                claim.give_up()
                 claim.replica.service.wake(claim.replica.parked)
             for worker in claim.running.values():
                 if self._state.workers.get(worker.name) is worker:
@@ -360,6 +375,10 @@ class Rebuild:
 
 def _is_session(one: Any) -> bool:
     return isinstance(one, list) and [type(field) for field in one] == [str, float] and one[1] >= 0.0
+
+
+def _is_batch(one: Any) -> bool:
+    return isinstance(one, list) and set(map(type, one)) <= {int}
 
 
 def _is_running(one: Any) -> bool:

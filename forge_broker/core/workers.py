@@ -158,9 +158,13 @@ class Worker(Link):
     def add_batch(self, requests: list[Request], endpoint: Any) -> None:
         """`add_dispatch` for calls that run as one batch (B2), all with the same trust."""
         first = requests[0]
+        sessions = [request.session for request in requests]
+        flags = _BATCHES | (_SESSION if any(sessions) else 0)
         group = self.group
-        if group is None or group[2] != endpoint.method or group[3] is not first.trusted or self._flags != _BATCHES:
-            group = self._open_dispatch(first.trusted, endpoint, _BATCHES)
+        if group is None or group[2] != endpoint.method or group[3] is not first.trusted or self._flags != flags:
+            group = self._open_dispatch(first.trusted, endpoint, flags)
+        if flags & _SESSION:
+            group[7]["session"] += sessions
         group[4] += [request.id for request in requests]
         group[5] += [request.attempt for request in requests]
         group[6] += self.outbox.attach_all([request.payload for request in requests])

@@ -398,3 +398,69 @@ def test_a_call_that_says_more_than_its_shape_is_a_request_of_its_own() -> None:
     assert {type(call) for call in bench.state.clients[client.id].calls.values()} == {Request}
     worker.reply()
     assert len(client.results) == 4
+
+
+# Sessions that share batches.
+
+
+def in_sessions(*sessions: str, exports: bool = False, **batch: Any) -> Serving:
+    made = serving(
+        batch={"batch_sessions": True, **batch},
+        endpoints=("predict", "other"),
+        exports=exports,
+        replica_max_concurrent_requests=100,
+    )
+    for session in sessions:
+        made.client.ask("open_session", service=made.service.id, session=session, hints={})
+    return made
+
+
+def test_calls_of_sessions_share_batches_where_the_endpoint_says_so() -> None:
+    """batch_sessions: of one replica, each session's in the order sent."""
+    bench, client, (worker,), endpoint = in_sessions("s", "t")
+    client.call(endpoint, b"s1", b"s2", b"t1", session=["s", "s", "t"])
+    assert worker.batches == []
+    client.call(endpoint, b"t2", session="t")
+    assert worker.batches == [[b"s1", b"s2", b"t1", b"t2"]]
+    client.call(endpoint, b"s3", session="s")
+    bench.advance(0.01)
+    assert worker.batches[1:] == [[b"s3"]]
+    assert reasons(bench) == {"size": 1, "timeout": 1}
+    assert bench.service().replicas[0].active == 2
+    worker.reply()
+    assert (bench.service().replicas[0].active, len(client.results)) == (0, 5)
+
+
+def test_a_session_whose_state_is_exported_has_one_call_in_a_batch() -> None:
+    """S3: its calls run one at a time."""
+    bench, client, (worker,), endpoint = in_sessions("s", "t", exports=True)
+    client.call(endpoint, b"s1", b"s2", b"t1", session=["s", "s", "t"])
+    bench.advance(0.02)
+    assert worker.batches == [[b"s1", b"t1"], [b"s2"]]
+
+
+def test_a_session_never_overtakes_itself_and_waits_for_no_other_session() -> None:
+    """A6: a call for another batch stays behind its session's call that waits for company; other sessions' calls join."""
+    bench, client, (worker,), endpoint = in_sessions("s", "t")
+    client.call(endpoint, b"s1", session="s")
+    client.ask("open_session", service=bench.service().id, session="u", hints={})
+    client.call(endpoint, b"s2", shape=7, session="s")  # of another shape: for another batch
+    client.call(endpoint, b"u1", session="u")
+    assert worker.batches == []
+    bench.advance(0.01)
+    assert worker.batches == [[b"s1", b"u1"], [b"s2"]]
+
+
+def test_what_of_a_session_waits_for_company_moves_with_its_session() -> None:
+    """F2, S3."""
+    bench, client, (worker,), endpoint = in_sessions("s")
+    client.call(endpoint, b"s1", session="s")
+    worker.die()
+    for _ in range(20):
+        bench.advance(0.5)
+        for fresh in bench.launched():
+            fresh.ready()
+            bench.advance(0.02)
+            assert fresh.batches == [[b"s1"]]
+            return
+    raise AssertionError("no replica came back")

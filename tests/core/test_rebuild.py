@@ -102,6 +102,28 @@ def test_what_cannot_be_kept_until_the_window_ends_is_refused_and_nobody_is_drop
     assert sorted(client.results) == sorted([kept, fits, *refused])
 
 
+def test_calls_that_run_as_a_batch_take_its_room_together_and_do_not_run_again() -> None:
+    """F10, B2: also where the replica has room for fewer calls than the batch has."""
+    one_at_a_time = deed(replica_max_concurrent_requests=1)
+    bench = Bench(recovering=True)
+    ids = [id_of(sequence) for sequence in (1, 2, 3)]
+    running = [[key, 1] for key in ids]
+    worker = worker_back(bench, 0, of=one_at_a_time, running=running, batches=[ids])
+    client = client_back(bench, of=one_at_a_time)
+    client.call(ENDPOINT, b"a", b"b", again=True)  # nobody waits for the third any more
+    client.call(ENDPOINT, b"new")
+    end_window(bench)
+    replica = bench.service().replicas[0]
+    assert (worker.seen, replica.active) == ([], 1)
+    worker.calls = [(ids[0], 1, b"A")]
+    worker.reply()
+    assert (worker.seen, replica.active) == ([], 1)
+    worker.calls = [(ids[1], 1, b"B")]
+    worker.reply()
+    assert client.results == {1: (OK, b"A"), 2: (OK, b"B")}
+    assert worker.seen == [b"new"]
+
+
 def test_a_call_that_may_have_run_and_cannot_be_kept_is_not_called_overloaded() -> None:
     """F3, F10: who is told Overloaded tries again; what is delivered at most once had been sent before."""
     once, often = deed(), deed()
