@@ -75,9 +75,6 @@ _KEEP_BELOW = 256 * 1024
 _PLAIN = {trusted: Decoder(trusted) for trusted in (False, True)}
 _PLAIN_TYPES = frozenset({bytes, str, int, float, bool, type(None)})
 _pack_plain = msgpack.Packer(strict_types=True, buf_size=4 * LARGE).pack
-# For plain arguments, and nothing else: it takes the tuple that they come in for a list.
-_pack_call = msgpack.Packer(buf_size=4 * LARGE).pack
-_NO_KEYWORDS: dict[str, Any] = {}
 _unpack = msgpack.unpackb
 _HOOKS = {trusted: decoder.extension for trusted, decoder in _PLAIN.items()}
 
@@ -127,7 +124,7 @@ def encode_plain_call(args: tuple[Any, ...]) -> bytes | None:
         if kind not in _PLAIN_TYPES or (kind is bytes and len(value) >= LARGE):
             return None
     try:
-        document: bytes = _pack_call((args, _NO_KEYWORDS))
+        document: bytes = _pack_plain([[*args], {}])
     except (ValueError, OverflowError):  # lone surrogates, ints beyond 64 bits
         return None
     return document if len(document) < LARGE else None

@@ -1,7 +1,7 @@
 """The future of one call, and how it is noticed that nobody waits for it any more.
 
 The future is the loop's own and no subclass: asyncio steps a task that awaits one in C, and asks a subclass for everything by name, which
-costs 1.1 µs a call. So there is nothing to override; a cancelled call is told by a callback. The loop never has to run it for an
+costs 0.5 µs a call. So there is nothing to override; a cancelled call is told by a callback. The loop never has to run it for an
 answered one: whoever reads the answer takes it off before. Nor does the callback know which call it is of, as that would be an
 object for each; the few calls that are cancelled are looked up.
 """
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from forge_client.replies import Reader
 
 Call = asyncio.Future[Any]
-Waiter = tuple[
-    Call, "Reader"
-]  # what the link keeps of an unanswered call: to be resolved, as that reader reads the reply
+# What the link keeps of an unanswered call: to be resolved, as that reader reads the reply.
+Waiter = tuple[Call, "Reader"]
 
 # Numbers of answered calls that may stay; at this surplus they are forgotten, and the unanswered ones looked at again.
 SURPLUS: Final = 1024

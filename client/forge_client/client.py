@@ -391,7 +391,8 @@ class Client:
         )
 
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Payload]) -> None:
-        values = None if any(statuses) else decode_small(payloads, trusted=trusted)
+        alike = len(payloads) > 1 and not any(statuses)
+        values = decode_small(payloads, trusted=trusted) if alike else None
         if values is None:
             for waiter, status, payload in zip(waiters, statuses, payloads, strict=True):
                 if waiter is not None:
