@@ -17,7 +17,6 @@ from forge_client.actor import ForgeActor, check_actor_class, endpoints_of, expo
 from forge_client.binding import Binding
 from forge_client.call import Call
 from forge_client.connection import current_client
-from forge_client.replies import Reader
 from forge_client.signature import Matcher
 from forge_client.spec import describe
 from forge_contract.config import ServiceConfig
@@ -201,9 +200,7 @@ class Handle:
 
     def later(self, submit: Callable[[Call, Binding], None]) -> Call:
         """A call to be submitted as soon as the handle is bound, which begins now at the latest."""
-        call = Call(loop=asyncio.get_running_loop())
-        call.reader = Reader(self.name)
-        call.seq = 0
+        call: Call = asyncio.get_running_loop().create_future()
         self._late.append((call, submit))
         self._start()
         return call

@@ -129,23 +129,23 @@ class ClientLink(PeerLink):
             self._refuse_or_bear(size)
         self._sequence = seq = self._sequence + 1
         run = self._open.get(endpoint)
-        if (
-            run is None
-            or len(run.seqs) == CALLS_A_MESSAGE
-            or (order is not None and self._last.get(order, 0) > run.place)
-        ):
-            run = self._open[endpoint] = Run(CALLS, endpoint, len(self._turn))
-            self._turn.append(run)
+        if run is None or len(run.seqs) == CALLS_A_MESSAGE:
+            run = self._new_run(endpoint)
         if order is not None:
+            if self._last.get(order, 0) > run.place:
+                run = self._new_run(endpoint)
             self._last[order] = run.place
-        if extras is not None and run.extras is None:
-            run.extras = [None] * len(run.seqs)
-        if run.extras is not None:
-            run.extras.append(extras)
+        if extras is not None or run.extras is not None:
+            run.add_extras(extras)
         run.seqs.append(seq)
         run.payloads.append(payload)
         self.unanswered[seq] = waiter
         return seq
+
+    def _new_run(self, endpoint: int) -> Run:
+        run = self._open[endpoint] = Run(CALLS, endpoint, len(self._turn))
+        self._turn.append(run)
+        return run
 
     def fanout(self, endpoint: int, payload: Payload, waiter: Any, extras: Extras | None = None) -> int:
         """Call an endpoint on every replica that is healthy when the broker reads this."""

@@ -43,8 +43,14 @@ class Run:
         self.payloads: list[Payload] = []
         self.extras: list[Extras | None] | None = None
 
+    def add_extras(self, extras: Extras | None) -> None:
+        """What the call says that is added next; of those before, which said nothing, that they did."""
+        if self.extras is None:
+            self.extras = [None] * len(self.seqs)
+        self.extras.append(extras)
+
     def message(self, outbox: Outbox, now: float) -> Message:
-        sizes = [outbox.attach(payload) for payload in self.payloads]
+        sizes = list(outbox.attach_all(self.payloads))
         columns = _columns(self.extras, now) if self.extras is not None else {}
         if self.kind == FANOUT:
             return [FANOUT, self.endpoint, self.seqs[0], sizes[0], columns]
