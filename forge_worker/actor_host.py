@@ -31,6 +31,7 @@ from forge_contract.framing import Payload
 from forge_contract.messages import DROPPED, RAISED, UNTOUCHED, client_of
 from forge_contract.payload import decode_call
 from forge_worker.assignment import Assignment
+from forge_worker.bursts import Burst
 from forge_worker.calls import Call, Endpoint, Key
 from forge_worker.last_resort import give_up
 from forge_worker.link import Import, Replay, Run, WorkerLink
@@ -79,9 +80,10 @@ class ActorHost:
             )
             for spec, method in zip(assignment.endpoints, methods, strict=True)
         ]
-        self._steps: Steps[Call] = Steps(self._begin, self._returned, self._raised)
+        self._steps: Steps[Call] = Steps(self._begin, self.returned, self.raised)
         self._calls: dict[int, Call] = {}
-        self._active = 0  # of them, started
+        self._active = 0  # started, those of bursts among them
+        self._burst_since = 0.0  # monotonic seconds, 0.0: none is under way
         self._waiting: deque[Call] = deque()
         self._unbegun: dict[Key, Call] = {}  # under each key the last one admitted, until it has begun
         self._behind: dict[Key, deque[Call]] = {}
@@ -95,14 +97,29 @@ class ActorHost:
         return f"<ActorHost {self._class_name} {self._active} of {self._room} running, {len(self._calls)} held>"
 
     def run(self, run: Run) -> None:
-        """Take calls in; each gets its reply through the link, whatever happens to it."""
+        """Take calls in; each gets its reply through the link, whatever happens to it. To be followed by `serve`."""
         if self._stopping:
             for request, attempt in zip(run.ids, run.attempts, strict=True):
                 self._link.reply(request, attempt, UNTOUCHED, b"")
             self._on_reply()
             return
-        endpoint, trusted = self._endpoints[run.method], run.trusted
-        calls, put, started, has_hooks = self._calls, self._steps.put, time.monotonic(), self._sessions is not None
+        self._steps.due = True
+        endpoint, started, ordered = self._endpoints[run.method], time.monotonic(), self._has_order(run)
+        if (
+            endpoint.is_async
+            and not endpoint.takes_lists
+            and len(run.ids) <= self._room - self._active
+            and not (ordered and (self._sessions is not None or self._unbegun or self._behind))
+        ):
+            self._active += len(run.ids)
+            if not self._burst_since:
+                self._burst_since = started
+            self._steps.put(Burst(self, self._outcomes, endpoint, run, started))
+            return
+        if ordered and self._burst_since:
+            self.serve()  # whose calls keep no books of who has begun
+            self._steps.due = True
+        calls, trusted, put, has_hooks = self._calls, run.trusted, self._steps.put, self._sessions is not None
         for request, attempt, payload, session, by_client in zip(
             run.ids, run.attempts, run.payloads, run.sessions, run.by_client, strict=True
         ):
@@ -121,8 +138,20 @@ class ActorHost:
             else:
                 self._place(call)
 
+    def serve(self) -> None:
+        """Let those that came begin; what of them ends at once is replied to in this turn. After `run`, in its turn."""
+        self._steps.serve()
+        self._burst_since = 0.0
+
+    def _has_order(self, run: Run) -> bool:
+        return any(run.sessions) or (not self._serial and any(run.by_client))
+
     def drop(self, ids: list[int]) -> None:
         """Cancel these: an async one's task; a thread goes on, and its result is dropped (F5)."""
+        for burst in self._steps.bursts() if self._burst_since else ():
+            for gone in burst.drop(set(ids)):
+                gone.dropped = True
+                self._over(gone, DROPPED, b"")
         for request in ids:
             call = self._calls.get(request)
             if call is None or call.dropped:
@@ -210,6 +239,8 @@ class ActorHost:
     def oldest_s(self, now: float) -> float:
         """Age of the oldest running call in seconds, 0.0 if none runs; any thread may ask."""
         started = [call.started for call in list(self._calls.values()) if call.started]
+        if since := self._burst_since:
+            started.append(since)
         return max(0.0, now - min(started)) if started else 0.0
 
     # When a call may start: the cases of the module's docstring.
@@ -338,7 +369,26 @@ class ActorHost:
             return None
         return coroutine
 
-    def _returned(self, call: Call, value: Any) -> None:
+    def apart(self, burst: Burst, request: int, attempt: int) -> Call:
+        """A call that has left its burst. Its session has no hooks, and those behind it none to wait for."""
+        call = Call(request, attempt, burst.endpoint, b"", burst.trusted, None, None)
+        call.started, call.begun = burst.started, True
+        self._calls[request] = call
+        return call
+
+    def burst_over(self, burst: Burst) -> None:
+        """Those in its columns have ended by a value; the books of all at once."""
+        if burst.ids:
+            self._active -= len(burst.ids)
+            self._link.returned(burst.ids, burst.attempts, burst.payloads)
+            if self._waiting:
+                self._advance()
+            self._on_reply()
+
+    def ended(self, call: Call, outcome: Outcome) -> None:
+        self._end(call, *outcome)
+
+    def returned(self, call: Call, value: Any) -> None:
         endpoint = call.endpoint
         status, payload = self._outcomes.returned(endpoint.name, value, endpoint.takes_lists)
         if (
@@ -356,7 +406,7 @@ class ActorHost:
             self._link.reply(call.id, call.attempt, status, payload)
             self._on_reply()
 
-    def _raised(self, call: Call, error: BaseException) -> None:
+    def raised(self, call: Call, error: BaseException) -> None:
         # Whatever it is, the worker goes on (A5). Of a call that was dropped nobody reads it.
         self._end(call, *((DROPPED, b"") if call.dropped else self._outcomes.raised(error)))
 

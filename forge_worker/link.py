@@ -25,6 +25,7 @@ from forge_contract.messages import (
     HEARTBEAT,
     IMPORT,
     MASTER,
+    OK,
     READY,
     REPLAY,
     REPLIES,
@@ -191,6 +192,15 @@ class WorkerLink(PeerLink):
         self._statuses.append(status)
         self._payloads.append(payload)
 
+    def returned(self, requests: list[int], attempts: list[int], payloads: list[Payload]) -> None:
+        """`reply` for many that have ended by a value."""
+        if list(map(self.running.pop, requests)) != attempts:
+            raise KeyError(f"of requests {requests!r:.200} some do not run here as these attempts")
+        self._ids += requests
+        self._attempts += attempts
+        self._statuses += [OK] * len(requests)
+        self._payloads += payloads
+
     def bye(self, reason: str) -> None:
         if self.state is LinkState.OPEN:
             self._gather()
@@ -347,7 +357,7 @@ class WorkerLink(PeerLink):
         assert self.assignment is not None
         self._gathered = replies
         ids, attempts, statuses, payloads = replies
-        sizes = [outbox.attach(payload) for payload in payloads]
+        sizes = list(outbox.attach_all(payloads))
         outbox.body.append([REPLIES, self.assignment.epoch, ids, column(attempts), column(statuses), sizes])
 
     def _holds(self) -> dict[str, Any] | None:

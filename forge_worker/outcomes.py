@@ -29,7 +29,7 @@ class Outcomes:
 
     def __init__(self, trusted: bool, limit: int, fatal: Iterable[str] = ()) -> None:
         self._trusted = trusted
-        self._limit = limit
+        self.limit = limit
         self._fatal = frozenset(fatal)
 
     def returned(self, endpoint: str, value: Any, takes_lists: bool) -> Outcome:
@@ -42,9 +42,9 @@ class Outcomes:
         except Exception as error:  # a value's own code: its __reduce__, the exception it was in a list
             return self.raised(error)
         size = len(payload) if type(payload) is bytes else payload_size(payload)
-        if size > self._limit:
+        if size > self.limit:
             what = f"the result of {endpoint}"
-            return self.failed(PayloadTooLarge(what=what, size=size, limit=self._limit))
+            return self.failed(PayloadTooLarge(what=what, size=size, limit=self.limit))
         return OK, payload
 
     def raised(self, error: BaseException) -> Outcome:
