@@ -21,21 +21,22 @@ import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, cast
 
 from forge_client.context import request_var, session_var
 from forge_contract.errors import ForgeError
 from forge_contract.framing import Payload
-from forge_contract.messages import DROPPED, RAISED, UNTOUCHED, client_of
+from forge_contract.messages import DROPPED, OK, RAISED, UNTOUCHED
 from forge_contract.payload import decode_call
 from forge_worker.assignment import Assignment
+from forge_worker.batches import in_lists
 from forge_worker.bursts import Burst
-from forge_worker.calls import Call, Endpoint, Key
+from forge_worker.calls import Call, Endpoint, Key, calls_of, has_order
 from forge_worker.last_resort import give_up
 from forge_worker.link import Import, Replay, Run, WorkerLink
-from forge_worker.outcomes import BROKEN, Outcome, Outcomes, in_lists
+from forge_worker.outcomes import BROKEN, Outcome, Outcomes
 from forge_worker.sessions import Session, Sessions
 from forge_worker.steps import Steps
 from forge_worker.threads import Threads, in_thread
@@ -75,7 +76,7 @@ class ActorHost:
             Endpoint(
                 f"{assignment.class_name}.{spec.name}",
                 method,
-                spec.takes_lists,
+                spec,
                 Threads(self._loop, spec.threads, spec.name),
             )
             for spec, method in zip(assignment.endpoints, methods, strict=True)
@@ -104,12 +105,14 @@ class ActorHost:
             self._on_reply()
             return
         self._steps.due = True
-        endpoint, started, ordered = self._endpoints[run.method], time.monotonic(), self._has_order(run)
+        endpoint, started, ordered = self._endpoints[run.method], time.monotonic(), has_order(run, serial=self._serial)
+        has_hooks = self._sessions is not None and any(run.sessions)
         if (
             endpoint.is_async
             and not endpoint.takes_lists
             and len(run.ids) <= self._room - self._active
-            and not (ordered and (self._sessions is not None or self._unbegun or self._behind))
+            and not has_hooks
+            and not (ordered and (self._unbegun or self._behind))
         ):
             self._active += len(run.ids)
             if not self._burst_since:
@@ -119,22 +122,17 @@ class ActorHost:
         if ordered and self._burst_since:
             self.serve()  # whose calls keep no books of who has begun
             self._steps.due = True
-        calls, trusted, put, has_hooks = self._calls, run.trusted, self._steps.put, self._sessions is not None
-        for request, attempt, payload, session, by_client in zip(
-            run.ids, run.attempts, run.payloads, run.sessions, run.by_client, strict=True
-        ):
-            key: Key = None
-            if not self._serial:
-                key = client_of(request) if by_client else session
-            calls[request] = call = Call(request, attempt, endpoint, payload, trusted, session, key)
-            if session is not None and has_hooks:
-                self._admit_to_session(call, session)
-            elif key is not None:
-                self._admit(call, key)
+        for call in calls_of(run, endpoint, self._outcomes, serial=self._serial):
+            for request in (call.id,) if call.batch is None else call.batch.ids:
+                self._calls[request] = call
+            if call.session is not None and has_hooks:
+                self._admit_to_session(call, call.session)
+            elif call.key is not None:
+                self._admit(call, call.key)
             elif endpoint.is_async and self._active < self._room:
                 self._active += 1  # `_place` and `_start`, for the many that need no deciding
                 call.started = started
-                put(call)
+                self._steps.put(call)
             else:
                 self._place(call)
 
@@ -142,9 +140,6 @@ class ActorHost:
         """Let those that came begin; what of them ends at once is replied to in this turn. After `run`, in its turn."""
         self._steps.serve()
         self._burst_since = 0.0
-
-    def _has_order(self, run: Run) -> bool:
-        return any(run.sessions) or (not self._serial and any(run.by_client))
 
     def drop(self, ids: list[int]) -> None:
         """Cancel these: an async one's task; a thread goes on, and its result is dropped (F5)."""
@@ -154,7 +149,7 @@ class ActorHost:
                 self._over(gone, DROPPED, b"")
         for request in ids:
             call = self._calls.get(request)
-            if call is None or call.dropped:
+            if call is None or call.dropped or not self._nobody_waits(call, request):
                 continue
             call.dropped = True
             if not call.started:
@@ -162,13 +157,25 @@ class ActorHost:
             elif call.task is not None:
                 call.task.cancel()  # without a task it has not begun, and will find out
 
+    def _nobody_waits(self, call: Call, request: int) -> bool:
+        """Whether that is so without this request. An item of a batch leaves it before it starts; later its reply does (B2)."""
+        batch = call.batch
+        if batch is None or call.started or len(batch.ids) == 1:
+            return batch is None or batch.drop(request)
+        attempt = batch.leave(request)
+        call.id = batch.ids[0]
+        del self._calls[request]
+        self._link.reply(request, attempt, DROPPED, b"")
+        self._on_reply()
+        return False
+
     async def replay(self, replay: Replay) -> None:
         """Run an endpoint for its effect, at once (A11): a thread of its own for a plain one. Raises what it raises.
         A mesh runs nothing else meanwhile, for its collectives must not cross."""
         endpoint = self._endpoints[replay.method]
         args, kwargs = decode_call(replay.payload, trusted=replay.trusted)
         if endpoint.takes_lists:
-            args, kwargs = in_lists(args, kwargs)
+            args, kwargs = in_lists(args, kwargs, stacks=endpoint.stacks)
         self._active += 1
         try:
             if endpoint.is_async:
@@ -215,7 +222,7 @@ class ActorHost:
             endpoint.parked.clear()
         if self._sessions is not None:
             self._sessions.let_go()
-        for call in [call for call in self._calls.values() if not call.started]:
+        for call in dict.fromkeys(call for call in self._calls.values() if not call.started):
             self._forget(call, UNTOUCHED)
         torn: set[str | None] = set()
         if not await self._empty_within(grace_s):
@@ -353,15 +360,17 @@ class ActorHost:
             return call.coroutine
         endpoint = call.endpoint
         try:
-            args, kwargs = decode_call(call.payload, trusted=call.trusted)
+            arguments = call.arguments()
         except ForgeError as error:
             self._end(call, *self._outcomes.failed(error))
             return None
         except BaseException as error:  # the arguments' own code, or memory
             self._end(call, *self._outcomes.raised(error))
             return None
-        if endpoint.takes_lists:
-            args, kwargs = in_lists(args, kwargs)
+        if arguments is None:
+            self._end(call, OK, b"")
+            return None
+        args, kwargs = arguments
         try:
             coroutine: Coroutine[Any, Any, Any] = endpoint.method(*args, **kwargs)
         except BaseException as error:  # arguments that do not fit
@@ -380,7 +389,7 @@ class ActorHost:
         """Those in its columns have ended by a value; the books of all at once."""
         if burst.ids:
             self._active -= len(burst.ids)
-            self._link.returned(burst.ids, burst.attempts, burst.payloads)
+            self._link.reply_all(burst.ids, burst.attempts, [OK] * len(burst.ids), burst.payloads)
             if self._waiting:
                 self._advance()
             self._on_reply()
@@ -390,9 +399,10 @@ class ActorHost:
 
     def returned(self, call: Call, value: Any) -> None:
         endpoint = call.endpoint
-        status, payload = self._outcomes.returned(endpoint.name, value, endpoint.takes_lists)
+        status, payload = call.returned(value, self._outcomes)
         if (
             status
+            or call.batch is not None
             or (call.session is not None and self._sessions is not None)
             or self._waiting
             or endpoint.parked
@@ -423,16 +433,17 @@ class ActorHost:
             session_var.set(call.session)
         endpoint = call.endpoint
         try:
-            args, kwargs = decode_call(call.payload, trusted=call.trusted)
+            arguments = call.arguments()
         except ForgeError as error:
             return self._outcomes.failed(error)
-        if endpoint.takes_lists:
-            args, kwargs = in_lists(args, kwargs)
         call.begun = True
+        if arguments is None:
+            return OK, b""
+        args, kwargs = arguments
         value = endpoint.method(*args, **kwargs)
         if inspect.iscoroutine(value):
             return value
-        return self._outcomes.returned(endpoint.name, value, endpoint.takes_lists)
+        return call.returned(value, self._outcomes)
 
     def _ended_plain(self, call: Call, result: Outcome | Coroutine[Any, Any, Any]) -> None:
         call.begun = True
@@ -441,11 +452,9 @@ class ActorHost:
         if not inspect.iscoroutine(result):
             self._end(call, *cast(Outcome, result))
             return
-        # An `async def` under a decorator that hides it (torch.no_grad is one): it belongs on the loop.
         call.coroutine = result
         endpoint = call.endpoint
-        endpoint.is_async = True
-        endpoint.method = awaiting(endpoint.method)
+        endpoint.found_async()
         self._waiting.extendleft(reversed(endpoint.parked))
         endpoint.parked.clear()
         self._steps.put(call)
@@ -492,7 +501,9 @@ class ActorHost:
 
     def _forget(self, call: Call, status: int, payload: Payload = b"") -> None:
         """The one way a call leaves: with a reply, unless all are abandoned."""
-        del self._calls[call.id]
+        batch = call.batch
+        for request in (call.id,) if batch is None else batch.ids:
+            del self._calls[request]
         if not call.started:
             self._begun(call)  # it never will; those behind it need not wait
         if call.session is not None and self._sessions is not None:
@@ -501,9 +512,13 @@ class ActorHost:
                 self._leave_session(session)
         if self._stopping and not self._calls:
             self._empty.set()
-        if not self._abandoned:
+        if self._abandoned:
+            return
+        if batch is None:
             self._link.reply(call.id, call.attempt, status, payload)
-            self._on_reply()
+        else:
+            self._link.reply_all(batch.ids, batch.attempts, *batch.replies(status, payload))
+        self._on_reply()
 
     # Sessions with hooks: what a call is preceded by and followed by.
 
@@ -570,12 +585,3 @@ class ActorHost:
         except TimeoutError:
             return False
         return True
-
-
-def awaiting(method: Callable[..., Awaitable[Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """The method as an `async def`."""
-
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        return await method(*args, **kwargs)
-
-    return call

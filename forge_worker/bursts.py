@@ -11,24 +11,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Coroutine
 from contextvars import copy_context
-from typing import Any, Final, Protocol
-
-import msgpack
+from typing import Any, Protocol
 
 from forge_client.context import request_var, session_var
 from forge_contract.errors import ForgeError
 from forge_contract.framing import Payload
-from forge_contract.payload import LARGE, decode_call
-from forge_contract.payload_core import CHECK_FROM, Decoder
+from forge_worker.arguments import read_call
 from forge_worker.calls import Call, Endpoint
 from forge_worker.link import Run
 from forge_worker.outcomes import Outcome, Outcomes
 from forge_worker.vessel import Vessel, unchanged
-
-_unpack = msgpack.unpackb
-_HOOKS: Final = {trusted: Decoder(trusted).extension for trusted in (False, True)}
-_PLAIN: Final = frozenset({bytes, str, int, float, bool, type(None)})
-_pack = msgpack.Packer(strict_types=True, buf_size=4 * LARGE).pack  # runs no Python, for it has no `default`
 
 
 class Owner(Protocol):
@@ -116,9 +108,8 @@ class Burst:
         """Take first steps in the name of `vessel`. False when it is no vessel for others any more, as one of these calls has
         waited in it, or has left traces on it; then there may be more to take, in another."""
         endpoint, outcomes, owner, task = self.endpoint, self._outcomes, self._owner, vessel.task
-        method, trusted, limit = endpoint.method, self.trusted, min(outcomes.limit, LARGE - 1)
-        todo, documents, sessions, hook = self._todo, self._documents, self._sessions, _HOOKS[trusted]
-        done = self.payloads.append
+        method, trusted, plain, done = endpoint.method, self.trusted, outcomes.plain, self.payloads.append
+        todo, documents, sessions = self._todo, self._documents, self._sessions
         session_var.set(None)
         alone = sys.getrefcount(task)
         while todo:
@@ -126,18 +117,8 @@ class Burst:
             request_var.set(request)
             if sessions is not None:
                 session_var.set(sessions.pop())
-            plain = False
             try:
-                # What `decode_call` does for the many that are small and plain; it judges all others.
-                if type(document) is bytes and len(document) <= CHECK_FROM:
-                    call = _unpack(document, ext_hook=hook, strict_map_key=False)
-                    args, kwargs = call
-                    plain = type(call) is list and type(args) is list and type(kwargs) is dict and not kwargs
-            except Exception:
-                plain = False
-            try:
-                if not plain:
-                    args, kwargs = call = decode_call(document, trusted=trusted)
+                args, kwargs = read_call(document, trusted)
             except ForgeError as error:
                 owner.ended(self.apart(request), outcomes.failed(error))
                 continue
@@ -149,7 +130,7 @@ class Burst:
             except BaseException as error:  # arguments that do not fit
                 owner.raised(self.apart(request), error)
                 continue
-            del document, call, args, kwargs  # the call's alone, should it wait
+            del document, args, kwargs  # the call's alone, should it wait
             before = copy_context()
             try:
                 value = await coroutine
@@ -162,17 +143,10 @@ class Burst:
                 if vessel.call is not None:
                     owner.returned(vessel.call, value)
                     return False
-                payload = None
-                kind = type(value)
-                if kind in _PLAIN and (kind is not bytes or len(value) <= limit):
-                    try:
-                        payload = _pack(value)
-                    except (ValueError, OverflowError):  # lone surrogates, ints beyond 64 bits
-                        payload = None
-                if payload is not None and len(payload) <= limit:
+                if (payload := plain(value)) is not None:
                     done(payload)
                 else:
-                    outcome = outcomes.returned(endpoint.name, value, False)
+                    outcome = outcomes.returned(endpoint.name, value)
                     if outcome[0]:
                         owner.ended(self.apart(request), outcome)
                     else:

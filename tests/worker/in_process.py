@@ -39,6 +39,7 @@ class InProcess:
         self._outbox = Outbox()
         self.replied: dict[int, tuple[int, Any]] = {}
         self.envelopes = 0
+        self.broken: list[Payload] = []
         self._changed = asyncio.Event()
         self._outbox.body.append([WELCOME, {"trusted": True}])
         self.link.receive(self._outbox.seal(BROKER_NAME, 1, 77, 0, 0), 0.0)
@@ -52,7 +53,7 @@ class InProcess:
             self.link,
             trusted=True,
             on_reply=self._soon,
-            on_broken=lambda _: None,
+            on_broken=self.broken.append,
         )
         self._due = False
 
