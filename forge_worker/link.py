@@ -12,6 +12,7 @@ then whatever comes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from forge_contract.errors import ForgeError, ProtocolError
@@ -64,6 +65,7 @@ class Run(NamedTuple):
     payloads: list[Payload]
     sessions: list[str | None]
     by_client: list[bool]  # calls of one client start in this order
+    batches: list[int] | None = None  # their sizes, in order; None: no batches
 
 
 class Drop(NamedTuple):
@@ -191,6 +193,15 @@ class WorkerLink(PeerLink):
         self._statuses.append(status)
         self._payloads.append(payload)
 
+    def reply_all(self, requests: list[int], attempts: list[int], statuses: list[int], payloads: list[Payload]) -> None:
+        """`reply` for many at once."""
+        if list(map(self.running.pop, requests, repeat(None))) != attempts:
+            raise KeyError(f"of requests {requests!r:.200} some do not run here as these attempts")
+        self._ids += requests
+        self._attempts += attempts
+        self._statuses += statuses
+        self._payloads += payloads
+
     def bye(self, reason: str) -> None:
         if self.state is LinkState.OPEN:
             self._gather()
@@ -317,10 +328,13 @@ class WorkerLink(PeerLink):
         session = columns.get("session")
         sessions = spread(session, count)
         by_client = spread(columns.get("client", False), count)
+        batches = columns.get("batches")
+        if batches is not None and (set(map(type, batches)) != {int} or min(batches) < 1 or sum(batches) != count):
+            raise ProtocolError(f"batches of {batches!r:.80} in a dispatch of {count}")
         if session is not None:
             self.sessions.update((one, self._clock) for one in sessions if one is not None)
         self.running.update(zip(ids, attempts, strict=True))  # last: what cannot be read does not run
-        self._instructions.append(Run(method, trusted is True, ids, attempts, payloads, sessions, by_client))
+        self._instructions.append(Run(method, trusted is True, ids, attempts, payloads, sessions, by_client, batches))
 
     def _checked(self, method: int) -> int:
         count = 0 if self.assignment is None else len(self.assignment.endpoints)
@@ -347,7 +361,7 @@ class WorkerLink(PeerLink):
         assert self.assignment is not None
         self._gathered = replies
         ids, attempts, statuses, payloads = replies
-        sizes = [outbox.attach(payload) for payload in payloads]
+        sizes = list(outbox.attach_all(payloads))
         outbox.body.append([REPLIES, self.assignment.epoch, ids, column(attempts), column(statuses), sizes])
 
     def _holds(self) -> dict[str, Any] | None:
