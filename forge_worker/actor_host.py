@@ -5,8 +5,8 @@ there is something to flush. When a call may start is decided in `_admit` and wh
 
 1. Where the class has hooks for its sessions (S3), a session's calls run one at a time, each from the import of the state
    it needs to the checkpoint that its reply takes along: `sessions`. For such a call no other order counts.
-2. A call with an order key (its session, or its client where the broker says so) waits until the one before it under
-   that key has begun: `_behind`. A mesh's calls have no key: there, at most one runs, and they start in order anyway.
+2. A call with order keys (its session, or its client where the broker says so; all sessions of a batch) waits until the one
+   before it under each has begun: `_behind`. A mesh's calls have no key: there, at most one runs, and they start in order anyway.
 3. Never more than `concurrency` run: `_waiting`, in order of dispatch.
 4. A plain `def` needs a thread of its endpoint: `parked`, in that endpoint. Others pass it: a slow endpoint starves nobody.
 
@@ -127,8 +127,8 @@ class ActorHost:
                 self._calls[request] = call
             if call.session is not None and has_hooks:
                 self._admit_to_session(call, call.session)
-            elif call.key is not None:
-                self._admit(call, call.key)
+            elif call.keys:
+                self._admit(call)
             elif endpoint.is_async and self._active < self._room:
                 self._active += 1  # `_place` and `_start`, for the many that need no deciding
                 call.started = started
@@ -252,21 +252,24 @@ class ActorHost:
 
     # When a call may start: the cases of the module's docstring.
 
-    def _admit(self, call: Call, key: Key) -> None:
-        before = self._unbegun.get(key)
-        if before is not None and before.begun:  # a thread began it, and could not tell us
-            self._begun(before)
+    def _admit(self, call: Call) -> None:
+        for key in call.keys:
             before = self._unbegun.get(key)
-        if before is not None:
-            # Tasks begin in the order in which they are made; of threads one never knows.
-            in_order = before.started and before.endpoint.is_async and call.endpoint.is_async
-            if not in_order or key in self._behind:
-                self._behind.setdefault(key, deque()).append(call)
-                if before.started:
-                    self._look_soon()
-                return
-        self._unbegun[key] = call
-        self._place(call)
+            if before is not None and before.begun:  # a thread began it, and could not tell us
+                self._begun(before)
+                before = self._unbegun.get(key)
+            if before is not None:
+                # Tasks begin in the order in which they are made; of threads one never knows.
+                in_order = before.started and before.endpoint.is_async and call.endpoint.is_async
+                if not in_order or key in self._behind:
+                    self._behind.setdefault(key, deque()).append(call)
+                    call.blocked += 1
+                    if before.started:
+                        self._look_soon()
+                    continue
+            self._unbegun[key] = call
+        if not call.blocked:
+            self._place(call)
 
     def _admit_to_session(self, call: Call, name: str) -> None:
         assert self._sessions is not None
@@ -309,24 +312,26 @@ class ActorHost:
             self._steps.put(call)
         else:
             call.endpoint.threads.run(partial(self._run_plain, call), partial(self._ended_plain, call))
-            if call.key is not None and call.key in self._behind:
+            if not self._behind.keys().isdisjoint(call.keys):
                 self._look_soon()
 
     def _begun(self, call: Call) -> None:
-        """The first line of `call` runs, or never will: the next of its key is free to go."""
-        key = call.key
-        if self._unbegun.get(key) is not call:
-            return
-        del self._unbegun[key]
-        behind = self._behind.pop(key, None)
-        while behind:
-            follower = behind.popleft()
-            if not follower.dropped:
-                if behind:
-                    self._behind[key] = behind
-                self._unbegun[key] = follower
-                self._place(follower)
-                return
+        """The first line of `call` runs, or never will: the next of each of its keys is free to go."""
+        for key in call.keys:
+            if self._unbegun.get(key) is not call:
+                continue
+            del self._unbegun[key]
+            behind = self._behind.pop(key, None)
+            while behind:
+                follower = behind.popleft()
+                if not follower.dropped:
+                    if behind:
+                        self._behind[key] = behind
+                    self._unbegun[key] = follower
+                    follower.blocked -= 1
+                    if not follower.blocked:
+                        self._place(follower)
+                    break
 
     def _look_soon(self) -> None:
         if not self._looking:
@@ -338,7 +343,9 @@ class ActorHost:
         word from the thread would let go of the GIL between saying and doing, and the follower could be first."""
         self._looking = False
         for key in list(self._behind):
-            before = self._unbegun[key]
+            before = self._unbegun.get(key)
+            if before is None:
+                continue  # begun meanwhile, by another of its keys
             if before.begun:
                 self._begun(before)
             elif before.started and not before.endpoint.is_async:
@@ -349,7 +356,7 @@ class ActorHost:
     def _begin(self, call: Call) -> Coroutine[Any, Any, Any] | None:
         """The coroutine of an async endpoint, about to take its first step. None: it has been answered."""
         call.begun = True
-        if call.key is not None:
+        if call.keys:
             self._begun(call)
         if call.dropped:
             if call.coroutine is not None:
@@ -380,7 +387,7 @@ class ActorHost:
 
     def apart(self, burst: Burst, request: int, attempt: int) -> Call:
         """A call that has left its burst. Its session has no hooks, and those behind it none to wait for."""
-        call = Call(request, attempt, burst.endpoint, b"", burst.trusted, None, None)
+        call = Call(request, attempt, burst.endpoint, b"", burst.trusted, None)
         call.started, call.begun = burst.started, True
         self._calls[request] = call
         return call
@@ -447,7 +454,7 @@ class ActorHost:
 
     def _ended_plain(self, call: Call, result: Outcome | Coroutine[Any, Any, Any]) -> None:
         call.begun = True
-        if call.key is not None:
+        if call.keys:
             self._begun(call)
         if not inspect.iscoroutine(result):
             self._end(call, *cast(Outcome, result))

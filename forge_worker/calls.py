@@ -17,7 +17,7 @@ from forge_worker.link import Run
 from forge_worker.outcomes import Outcome, Outcomes
 from forge_worker.threads import Threads
 
-Key = str | int | None  # calls of one key start in order: their session, or the client they come from
+Key = str | int  # calls of one key start in order: their session, or the client they come from
 
 
 class Endpoint:
@@ -52,11 +52,12 @@ class Call:
         "attempt",
         "batch",
         "begun",
+        "blocked",
         "coroutine",
         "dropped",
         "endpoint",
         "id",
-        "key",
+        "keys",
         "payload",
         "session",
         "started",
@@ -72,7 +73,7 @@ class Call:
         payload: Payload,
         trusted: bool,
         session: str | None,
-        key: Key,
+        keys: tuple[Key, ...] = (),
     ) -> None:
         self.id = request
         self.attempt = attempt
@@ -80,7 +81,8 @@ class Call:
         self.payload = payload
         self.trusted = trusted
         self.session = session
-        self.key = key
+        self.keys = keys  # several where it is a batch of several sessions' calls
+        self.blocked = 0  # under how many of them it waits for another to begin
         self.batch: Batch | None = None
         self.started = 0.0  # monotonic seconds, 0.0: not started
         self.begun = False  # its first line runs, or has run
@@ -106,17 +108,18 @@ def has_order(run: Run, *, serial: bool) -> bool:
 
 
 def calls_of(run: Run, endpoint: Endpoint, outcomes: Outcomes, *, serial: bool) -> Iterator[Call]:
-    """The calls of a dispatch: one for each item, or for each of its batches where the method takes lists. Items that have an
-    order to keep, or a session's state, share no batch with others: they are batches of one (S4)."""
-    alone = not endpoint.takes_lists or run.batches is None or any(run.sessions) or any(run.by_client)
+    """The calls of a dispatch: one for each item, or for each of its batches where the method takes lists. A call that is a batch
+    of several sessions' has the order of each to keep, and is in none of them (`current_session`)."""
     at = 0
-    for size in [1] * len(run.ids) if alone or run.batches is None else run.batches:
-        request, attempt, session, by_client = run.ids[at], run.attempts[at], run.sessions[at], run.by_client[at]
-        key: Key = None
+    for size in run.batches if endpoint.takes_lists and run.batches is not None else [1] * len(run.ids):
+        request, attempt = run.ids[at], run.attempts[at]
+        sessions = [session for session in run.sessions[at : at + size] if session is not None]
+        session = sessions[0] if size == len(sessions) == 1 else None
+        keys: tuple[Key, ...] = ()
         if not serial:
-            key = client_of(request) if by_client else session
+            keys = (client_of(request),) if run.by_client[at] else tuple(dict.fromkeys(sessions))
         payload = b"" if endpoint.takes_lists else run.payloads[at]
-        call = Call(request, attempt, endpoint, payload, run.trusted, session, key)
+        call = Call(request, attempt, endpoint, payload, run.trusted, session, keys)
         if endpoint.takes_lists:
             call.batch = Batch(
                 run.ids[at : at + size],

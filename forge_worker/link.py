@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from forge_contract.errors import ForgeError, ProtocolError
 from forge_contract.framing import Envelope, Frame, Outbox, Payload, encode
@@ -39,6 +39,8 @@ from forge_contract.messages import (
 from forge_contract.peer_link import LinkState, PeerLink
 from forge_worker.assignment import Assignment
 from forge_worker.kept import Columns, KeptReplies
+
+PRUNE_FROM: Final = 1024  # batches; below it, looking for those that are over is not worth it
 
 
 class Assign(NamedTuple):
@@ -151,6 +153,8 @@ class WorkerLink(PeerLink):
         self._instructions: list[Instruction] = []
         self._arguments: Payload = b""  # of the constructor
         self._has_setup = False  # READY was said
+        self._batches: list[list[int]] = []  # ids of those that run, and of some that have
+        self._prune_at = PRUNE_FROM
         self._ids: list[int] = []
         self._attempts: list[int] = []
         self._statuses: list[int] = []
@@ -333,8 +337,23 @@ class WorkerLink(PeerLink):
             raise ProtocolError(f"batches of {batches!r:.80} in a dispatch of {count}")
         if session is not None:
             self.sessions.update((one, self._clock) for one in sessions if one is not None)
+        if batches is not None:
+            self._keep_batches(ids, batches)
         self.running.update(zip(ids, attempts, strict=True))  # last: what cannot be read does not run
         self._instructions.append(Run(method, trusted is True, ids, attempts, payloads, sessions, by_client, batches))
+
+    def _keep_batches(self, ids: list[int], sizes: list[int]) -> None:
+        """Remember which calls take their room together; now and then forget those that are over, once for many."""
+        if len(self._batches) >= self._prune_at:
+            self._batches = self._running_batches()
+            self._prune_at = 2 * len(self._batches) + PRUNE_FROM
+        at = 0
+        for size in sizes:
+            self._batches.append(ids[at : at + size])
+            at += size
+
+    def _running_batches(self) -> list[list[int]]:
+        return [batch for batch in self._batches if not self.running.keys().isdisjoint(batch)]
 
     def _checked(self, method: int) -> int:
         count = 0 if self.assignment is None else len(self.assignment.endpoints)
@@ -375,6 +394,7 @@ class WorkerLink(PeerLink):
             "rank": held.rank,
             "ready": self._has_setup,
             "running": [[request, attempt] for request, attempt in self.running.items()],
+            "batches": self._running_batches(),
             "replies": bool(self.kept or self._ids),
             "sessions": [[one, max(0.0, self._clock - used)] for one, used in sorted(self.sessions.items())],
         }

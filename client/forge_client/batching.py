@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
 
@@ -20,6 +20,15 @@ from forge_contract.payload import encode
 Ask = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 _WITH_KEYWORDS: Final = 1 << 62
+
+
+class Said(NamedTuple):
+    shape: int = 0
+    key: str | int | bytes | None = None
+    weight: float | None = None
+
+
+NOTHING_SAID: Final = Said()
 
 
 class Batching:
@@ -36,6 +45,10 @@ class Batching:
     def asks(self) -> bool:
         """Whether calls differ in more than their shape."""
         return self._key is not None or self._weight is not None
+
+    def said(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Said:
+        """Raises BadCall when a function of the class gives what it must not."""
+        return Said(self.shape(args, kwargs), self.key(args, kwargs), self.weight(args, kwargs))
 
     def shape(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Equal for calls whose arguments can stand in one list each (PROTOCOL.md §7)."""

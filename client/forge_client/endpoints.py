@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
+from forge_client.batching import NOTHING_SAID, Batching, Said
 from forge_client.call import Call, Waiter
 from forge_client.outgoing import Extras
 from forge_client.replies import FanoutReader, MeshReader, Reader
@@ -75,6 +76,7 @@ class _Endpoint:
         self._target: Target | None = None
         self._timeout: float | None = None
         self._plain = False
+        self._batching: Batching | None = None  # of one that batches
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._label}>"
@@ -96,6 +98,7 @@ class _Endpoint:
         target = binding.targets[self._name]
         self._timeout = target.timeout if options.timeout is None else options.timeout
         self._plain = self._timeout is None and not options.priority and options.hints is None
+        self._batching = self._handle.batching(target)
         self._learn(binding, target)
         self._target = target
         return target
@@ -120,18 +123,29 @@ class _Endpoint:
             return target.client.own(payload, target.label)
         return payload
 
-    def _extras(self, session: str | None, rank: int | None) -> Extras | None:
-        if self._plain and session is None and rank is None:
+    def _extras(self, session: str | None, rank: int | None, said: Said = NOTHING_SAID) -> Extras | None:
+        if self._plain and session is None and rank is None and said.key is None and said.weight is None:
             return None
         deadline = None if self._timeout is None else _now() + self._timeout
-        return Extras(deadline, session, self._options.priority, self._options.hints, rank)
+        return Extras(deadline, session, self._options.priority, self._options.hints, rank, said.key, said.weight)
+
+    def _say(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Said:
+        """What the broker has to know to batch this call. Raises BadCall. Needs a bound endpoint."""
+        return NOTHING_SAID if self._batching is None else self._batching.said(args, kwargs)
 
     def _submit(
-        self, target: Target, waiter: Waiter, payload: Payload, session: str | None, order: Any, rank: int | None = None
+        self,
+        target: Target,
+        waiter: Waiter,
+        payload: Payload,
+        session: str | None,
+        order: Any,
+        rank: int | None = None,
+        said: Said = NOTHING_SAID,
     ) -> None:
         client = target.client
-        extras = self._extras(session, rank)
-        seq = client.link.submit(target.id, payload, waiter, extras, order)
+        extras = self._extras(session, rank, said)
+        seq = client.link.submit(target.id, payload, waiter, extras, order, said.shape)
         if extras is not None and extras.deadline is not None and self._timeout is not None:
             client.guard(seq, extras.deadline, self._timeout)
         if session is not None and (opened := target.binding.sessions.get(session)) is not None:
@@ -168,10 +182,10 @@ class _Endpoint:
         return self._handle.later(submit)
 
 
-def _quick_route(target: Target, reader: Reader) -> Callable[[tuple[Any, ...]], Call | None]:
+def _quick_route(target: Target, reader: Reader, in_calls: bool) -> Callable[[tuple[Any, ...]], Call | None]:
     """`route` for most calls: by position, with plain arguments that fit, no options, no session. Any other gives None, with
     nothing done, and goes the long way, where everything is asked. A function with all it needs at hand, because half of
-    what a call costs the client is Python's steps from here to the columns.
+    what a call costs the client is Python's steps from here to the columns. `in_calls`: the shapes of calls matter (B2).
     """
     client, binding, endpoint = target.client, target.binding, target.id
     least, most = target.least, target.most
@@ -186,7 +200,10 @@ def _quick_route(target: Target, reader: Reader) -> Callable[[tuple[Any, ...]], 
             return None
         call: Call = new_future()
         call.add_done_callback(when_done, context=context)  # as `Client.new_call`
-        submit(endpoint, payload, (call, reader))
+        if in_calls:
+            submit(endpoint, payload, (call, reader), None, None, len(args))
+        else:
+            submit(endpoint, payload, (call, reader))
         if not client.flush_due:
             client.touch()
         return call
@@ -210,7 +227,9 @@ class ServiceEndpoint(_Endpoint):
         self._reader = Reader(target.label, **how)
         self._fan_reader = FanoutReader(target.label, **how)
         self._fan_reader.return_exceptions = self._options.return_exceptions
-        self._quick = _quick_route(target, self._reader) if self._plain else None
+        batching = self._batching
+        if self._plain and not (batching is not None and batching.asks):
+            self._quick = _quick_route(target, self._reader, batching is not None and batching.in_calls)
 
     def route(self, *args: Any, sess_id: str | None = None, **kwargs: Any) -> Answer:
         """Call one replica, chosen by the endpoint's router; `sess_id` wins over the session of the block around it.
@@ -224,16 +243,21 @@ class ServiceEndpoint(_Endpoint):
                 return quick
         target = self._target or self._bound()
         if target is None:
-            return self._later(lambda at, call, payload: self._route(at, call, payload, sess_id), args, kwargs)
+
+            def send(at: Target, call: Call, payload: Payload) -> None:
+                self._route(at, call, payload, sess_id, self._say(args, kwargs))
+
+            return self._later(send, args, kwargs)
         if sess_id is None and active_sessions.get():
             sess_id = session_of(target.binding)
         payload = self._encode(target, args, kwargs)
+        said = self._say(args, kwargs)
         call = target.client.new_call()
-        self._route(target, call, payload, sess_id)
+        self._route(target, call, payload, sess_id, said)
         return call
 
-    def _route(self, target: Target, call: Call, payload: Payload, session: str | None) -> None:
-        self._submit(target, (call, self._reader), payload, session, session)
+    def _route(self, target: Target, call: Call, payload: Payload, session: str | None, said: Said) -> None:
+        self._submit(target, (call, self._reader), payload, session, session, None, said)
 
     def fanout(self, *args: Any, **kwargs: Any) -> Answer:
         """Call every healthy replica; awaiting it gives their values in replica order. Sessions play no part.

@@ -121,19 +121,21 @@ class ClientLink(PeerLink):
         waiter: Any,
         extras: Extras | None = None,
         order: Hashable | None = None,
+        shape: int = 0,
     ) -> int:
-        """Call an endpoint once; returns the sequence number. Raises Overloaded when the link's credit is used up."""
+        """Call an endpoint once; returns the sequence number. `shape`: see `batching`. Raises Overloaded when the link's
+        credit is used up."""
         size = len(payload) if type(payload) is bytes else weigh(payload)  # `payload_bytes`, without its call
         self._turn_bytes += size
         if self._turn_bytes + self.channel.kept_bytes > self.link_bytes:
             self._refuse_or_bear(size)
         self._sequence = seq = self._sequence + 1
         run = self._open.get(endpoint)
-        if run is None or len(run.seqs) == CALLS_A_MESSAGE:
-            run = self._new_run(endpoint)
+        if run is None or len(run.seqs) == CALLS_A_MESSAGE or run.shape != shape:
+            run = self._new_run(endpoint, shape)
         if order is not None:
             if self._last.get(order, 0) > run.place:
-                run = self._new_run(endpoint)
+                run = self._new_run(endpoint, shape)
             self._last[order] = run.place
         if extras is not None or run.extras is not None:
             run.add_extras(extras)
@@ -142,8 +144,8 @@ class ClientLink(PeerLink):
         self.unanswered[seq] = waiter
         return seq
 
-    def _new_run(self, endpoint: int) -> Run:
-        run = self._open[endpoint] = Run(CALLS, endpoint, len(self._turn))
+    def _new_run(self, endpoint: int, shape: int) -> Run:
+        run = self._open[endpoint] = Run(CALLS, endpoint, len(self._turn), shape)
         self._turn.append(run)
         return run
 

@@ -197,10 +197,9 @@ def lane_of(request: Request) -> Lane | None:
     return batcher.lane_of(request)
 
 
-def next_of(waiting: Iterable[Request], serial: bool, now: float) -> tuple[list[Request], Lane | None, str, float]:
+def next_of(waiting: Iterable[Request], now: float) -> tuple[list[Request], Lane | None, str, float]:
     """Of the calls that wait for one replica, in order: those that are to leave now, the lane they are a batch of (None: one that runs by
-    itself) and why; none, and when to look again, while all wait for company. Each session's calls keep their order; `serial`: no
-    two of one session are in a batch, for its state is exported after each.
+    itself) and why; none, and when to look again, while all wait for company. Each session's calls keep their order.
     """
     found: dict[int, tuple[Lane, list[Request]]] = {}
     place: dict[str, int] = {}  # session → the lane that its calls wait in here; 0: none after them may go before
@@ -208,7 +207,7 @@ def next_of(waiting: Iterable[Request], serial: bool, now: float) -> tuple[list[
     for request in waiting:
         lane = lane_of(request)
         session = request.session
-        if session is not None and session in place and (serial or lane is None or place[session] != id(lane)):
+        if session is not None and session in place and (lane is None or place[session] != id(lane)):
             place[session] = 0
             continue
         if lane is None:

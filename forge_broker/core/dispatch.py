@@ -190,7 +190,7 @@ class Dispatch:
         if not service.batches:
             self._dispatch_mixed(queue.take(owner.limit - owner.active if alone else 1), owner, now)
             return True
-        requests, lane, reason, again = next_of(queue, service.exports, now)
+        requests, lane, reason, again = next_of(queue, now)
         if not requests:
             self._look_again(service, queue, again)
             return False

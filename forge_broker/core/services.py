@@ -62,6 +62,10 @@ class Endpoint:
         # Calls of an actor keep their order across endpoints (A6), and do not wait for each other.
         batched = self.options.get("batch_size", 1) > 1 and service.kind == "service"
         self.batcher = Batcher(self.full_name, self.options) if batched else None
+        if self.batcher is not None and service.exports:
+            self.batcher.sessions = (
+                False  # a session's state is exported after each of its calls: they run one at a time
+            )
         self.replay_last: bool = bool(self.options.get("replay_last"))
 
     def __repr__(self) -> str:

@@ -133,14 +133,14 @@ async def test_without_batches_each_item_is_a_batch_of_one() -> None:
     assert sample.runs == [[1], [2]]
 
 
-async def test_items_with_an_order_to_keep_share_no_batch() -> None:
-    """S4: even if the broker put them into one."""
+async def test_calls_of_sessions_in_a_batch_run_with_it_and_in_none_of_them() -> None:
+    """batch_sessions: which calls share a batch is the broker's to say."""
     sample = Sample()
     worker = InProcess(sample, ("double", CALL))
     worker.dispatch(0, *numbered(1, 2, 3), batches=[3], session=["s", "s", None])
     await worker.turn()
     assert await worker.replies(3) == {1: (OK, 2), 2: (OK, 4), 3: (OK, 6)}
-    assert sample.runs == [[1], [2], [3]]
+    assert sample.runs == [[1, 2, 3]]
 
 
 async def test_keywords_are_lists_by_name() -> None:
