@@ -81,8 +81,8 @@ class Window:
     def __init__(self, until: float) -> None:
         self.until = until
         self.claims: dict[int, Claim] = {}  # by request
-        # (service, session) → where it lives, and when it was used there last, on the broker's clock.
-        self.homes: dict[tuple[int, str], tuple[Replica, float]] = {}
+        # (service, session) → who says to hold it, and when it was used there last, on the broker's clock.
+        self.homes: dict[tuple[int, str], dict[Replica, float]] = {}
         self.states: dict[tuple[int, str, int], tuple[Payload, bool]] = {}  # checkpoints by replica idx, with the stamp
         self.sessions: list[Declared] = []
         self.replays: list[tuple[int, Replay]] = []  # by endpoint, of clients that sent the last fan-out
@@ -97,10 +97,21 @@ class Window:
         self.sessions = [one for one in self.sessions if one.client is not client]
 
     def settles(self, service: int, session: str, replica: Replica, used_at: float) -> None:
-        """A replica holds this session. A zombie may, too: who was used last is where it lives."""
-        known = self.homes.get((service, session))
-        if known is None or known[1] < used_at:
-            self.homes[service, session] = replica, used_at
+        """A replica holds this session. A zombie may, too."""
+        self.homes.setdefault((service, session), {})[replica] = used_at
+
+    def home(self, service: int, session: str) -> Replica | None:
+        """Where a session lives: of those that hold it, who was used last."""
+        held = self.homes.get((service, session))
+        return max(held, key=held.__getitem__) if held else None
+
+    def outdates(self, replica: Replica) -> None:
+        """A newer epoch of it is there. Who spoke for the older one was lost to our predecessor, which moved its sessions; that a stopped
+        process took up its last calls when it was let go on is no use that counts."""
+        for held in self.homes.values():
+            held.pop(replica, None)
+        lost = (replica.service.id, replica.idx)
+        self.states = {key: state for key, state in self.states.items() if (key[0], key[2]) != lost}
 
     def claim(self, request: int, replica: Replica, attempt: int) -> Claim | None:
         """The claim of this attempt; None when a later attempt is known."""

@@ -190,6 +190,7 @@ class Rebuild:
             for worker in replica.ranks:
                 if worker is not None:
                     self._lifecycle.turn_away(worker, now)
+            self._window().outdates(replica)
             replica.ranks = [None] * len(replica.ranks)
             replica.epoch = epoch
         return replica
@@ -300,9 +301,10 @@ class Rebuild:
                 claim.reserve()
         for declared in window.sessions:
             self._reopen(declared, window, now)
-        for (service_id, sid), (home, _) in window.homes.items():
-            if sid not in home.service.sessions or service_id not in state.services:
-                self._forget(sid, home)
+        for (_, sid), held in window.homes.items():
+            for replica in held:
+                if replica.service.pins.get(sid) != replica.idx:
+                    self._forget(sid, replica)
         self._seating.place_pending(now)
         return window.asked
 
@@ -314,7 +316,7 @@ class Rebuild:
         self._sessions.open(service, declared.client, declared.session, declared.hints, now)
         session = service.sessions[declared.session]
         session.ran = declared.used
-        home, _ = window.homes.get((service.id, session.id), (None, 0.0))
+        home = window.home(service.id, session.id)
         kept = None if home is None else window.states.get((service.id, session.id, home.idx))
         if kept is not None:
             self._sessions.keep(session, *kept, now)
@@ -327,7 +329,7 @@ class Rebuild:
                 session.lost = "its worker died while the broker was away"
 
     def _forget(self, sid: str, home: Replica) -> None:
-        """Its client has closed it, or is gone: what the worker knows of it must not come up under its id again."""
+        """Its client has closed it, or is gone, or it lives elsewhere: what the worker knows of it must not come up under its id again."""
         for worker in home.ranks:
             if worker is not None:
                 worker.add_forget(sid)

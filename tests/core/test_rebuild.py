@@ -14,6 +14,7 @@ from forge_contract.messages import (
     CONTROL,
     DROP,
     FANOUT,
+    FORGET,
     IMPORT,
     OK,
     REFUSE,
@@ -442,6 +443,36 @@ def test_of_two_workers_that_hold_a_session_the_one_that_was_used_last_is_right(
         kept = bench.service().sessions["s"].state
         assert kept is not None
         assert kept.payload == b"new"
+
+
+def test_what_a_zombie_of_an_older_epoch_says_of_sessions_ends_with_its_seat() -> None:
+    """F10, S3: it was stopped, and its session moved; let go on, it took up its last call, so that its use is the latest of all."""
+    bench = Bench(recovering=True)
+    of = deed(exports=True)
+    zombie = bench.worker(holds=holds(0, of=of, epoch=2, sessions=[["s", 0.0]]), holdings=[b"init"])
+    zombie.say([STATES, ["s"], [3]], packed=b"old")
+    two = bench.worker(holds=holds(1, of=of, sessions=[["s", 2.5]]), holdings=[b"init"])
+    two.say([STATES, ["s"], [3]], packed=b"new")
+    one = bench.worker(holds=holds(0, of=of, sessions=[]), holdings=[b"init"])
+    assert zombie.of(STOP)
+    client = client_back(bench, [SERVICE, "s", {}, True], of=of)
+    end_window(bench)
+    client.call(ENDPOINT, b"a", session="s")
+    assert (one.seen, two.seen) == ([], [b"a"])
+    kept = bench.service().sessions["s"].state
+    assert kept is not None
+    assert kept.payload == b"new"
+
+
+def test_of_two_workers_that_hold_a_session_the_wrong_one_is_told_to_forget_it() -> None:
+    """F10, S3: the session may move there one day, and must not find an old state of its own."""
+    bench = Bench(recovering=True)
+    one = worker_back(bench, 0, sessions=[["s", 9.5]])
+    two = worker_back(bench, 1, sessions=[["s", 0.5]])
+    client_back(bench, [SERVICE, "s", {}, True])
+    end_window(bench)
+    assert one.of(FORGET) == [[FORGET, ["s"]]]
+    assert not two.of(FORGET)
 
 
 def test_a_call_that_came_back_running_may_not_hang_either() -> None:

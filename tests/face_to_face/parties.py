@@ -43,6 +43,11 @@ class Peer:
         self.connection = Connection(world, self)
         world.routes[self.connection.routing_id] = self.connection
 
+    @property
+    def is_kept_from_speaking(self) -> bool:
+        """By something that outlasts a recovery window."""
+        return self.alive and (self.paused or self.connection.hindered(self.world.clock.now))
+
     def identity(self) -> dict[str, Any]:
         return {"host": self.host, "hostname": self.host, "pid": self.pid, "pid_namespace": 1, "started": self.pid}
 
@@ -175,6 +180,11 @@ class SimClient(Peer):
         ] = {}  # endpoint → arguments of its last successful fan-out, for those that are replayed
         self.beat()
         self.flush()
+
+    @property
+    def is_kept_from_speaking(self) -> bool:
+        """A dead one still has calls that others tell of."""
+        return not self.alive or super().is_kept_from_speaking
 
     def disconnected(self) -> None:
         self.link.disconnected(self.world.clock.now)

@@ -51,6 +51,7 @@ class World:
         self.states_lost: set[str] = set()  # sessions whose worker died with their states as no broker had them
         self.ended: Counter[tuple[str, bytes]] = Counter()  # (session, arguments) as calls of sessions end
         self._unheard_before = 0  # of the brokers before this one
+        self._unheard_here = 0  # of this one, as far as it has been looked at
         self.exited = False
         self.routes: dict[bytes, Connection] = {}
         self.peers: dict[str, Peer] = {}
@@ -95,7 +96,7 @@ class World:
 
         def started() -> None:
             self.broker_is_down = False
-            self._unheard_before = self.unheard
+            self._unheard_before, self._unheard_here = self.unheard, 0
             self.broker = self._new_broker(recovering=True)
             self._tick_at = None
             self._schedule_tick()
@@ -135,8 +136,17 @@ class World:
             return
         self._carry_out(self.broker.handle(event, self.clock.now))
         self._carry_out(self.broker.tick(self.clock.now))
+        self._settled()
+
+    def _settled(self) -> None:
         self._send_waiting()
         invariants.check(self.broker)
+        heard = self.broker.state.counters["recovery_unheard"]
+        if heard > self._unheard_here:
+            self._unheard_here = heard
+            assert any(peer.is_kept_from_speaking for peer in self.peers.values()), (
+                f"the recovery window has ended without {heard} peers, and nothing kept them from speaking"
+            )
         self._schedule_tick()
 
     def _schedule_tick(self) -> None:
@@ -152,9 +162,7 @@ class World:
         if self.broker_is_down:
             return
         self._carry_out(self.broker.tick(self.clock.now))
-        self._send_waiting()
-        invariants.check(self.broker)
-        self._schedule_tick()
+        self._settled()
 
     def _send_waiting(self) -> None:
         while self._waiting:
