@@ -34,12 +34,14 @@ ENDPOINTS: Final = {
     "pay": {"delivery": "at_most_once"},
     "slow": {"hang_timeout_s": 1.0},
     "load": {"replay_last": True},
+    "batch": {"batch_size": 4, "batch_timeout": 0.1},
 }
 # What a call may end with but its value; anything else is a bug.
 EXPECTED: Final = {
     "echo": {"PoisonedRequest"},
     "pay": {"OutcomeUnknown"},
     "slow": {"PoisonedRequest"},
+    "batch": {"PoisonedRequest"},
     "timed": {"CallTimeout", "PoisonedRequest"},
     "mesh": {"PoisonedRequest", "OutcomeUnknown"},
 }
@@ -102,8 +104,30 @@ class Storm:
 
     def call(self, n: int) -> None:
         kind = self.random.choice(
-            ["echo", "session", "session", "fanout", "mesh", "timed", "priority", "pay", "slow", "mortal"]
+            [
+                "echo",
+                "session",
+                "session",
+                "fanout",
+                "mesh",
+                "timed",
+                "priority",
+                "pay",
+                "slow",
+                "mortal",
+                "batch",
+                "burst",
+            ]
         )
+        if kind in ("batch", "burst"):
+            # Some go together: as one batch, or held as one.
+            name = "batch" if kind == "batch" else "echo"
+            for at in range(self.random.randrange(1, 6)):
+                one = b"%d.%d" % (n, at)
+                reply = self.near.call(self.service, name, payload=one, flush=False)
+                self.calls.append(Call(name, self.near, reply, one, None))
+            self.near.flush()
+            return
         payload = str(n).encode()
         if kind == "slow":
             payload += b"slow"

@@ -309,6 +309,7 @@ def test_a_broker_that_does_not_know_us_is_told_what_we_hold() -> None:
         "rank": 0,
         "ready": True,
         "running": [[2, 1]],
+        "batches": [],
         "replies": True,
         "sessions": [["s", 0.0], ["t", 0.0]],
     }
