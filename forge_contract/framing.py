@@ -19,7 +19,6 @@ MAX_MESSAGES: Final = 1 << 16
 MAX_DEPTH: Final = 64  # msgpack reads deeper than it writes, so what came in could not always be passed on
 
 _FLAT: Final = frozenset({CALLS, DISPATCH, REPLIES, RESULTS})  # the hot ones: whoever reads them checks their columns
-_ONLY_INTS: Final = {int}
 _RANGES: Final = (("epoch", 1 << 32), ("incarnation", 1 << 64), ("number", 1 << 63), ("ack", 1 << 63))
 
 # What travels as a frame of its own; the broker relays it as it came (a zmq.Frame), so all we ask of it is `len`.
@@ -223,20 +222,23 @@ def decode(frames: Sequence[Frame]) -> Envelope:
         type(header) is list
         and len(header) == 7
         and header[0] == VERSION
-        and set(map(type, header[2:6])) == _ONLY_INTS
-        and 0 <= header[2] < 1 << 32
-        and 0 <= header[3] < 1 << 64
-        and 0 <= header[4] < 1 << 63
-        and 0 <= header[5] < 1 << 63
-        and type(header[1]) is str
-        and 0 < len(header[1]) <= 64
+        and type(sender := header[1]) is str
+        and 0 < len(sender) <= 64
+        and type(epoch := header[2]) is int
+        and 0 <= epoch < 1 << 32
+        and type(incarnation := header[3]) is int
+        and 0 <= incarnation < 1 << 64
+        and type(number := header[4]) is int
+        and 0 <= number < 1 << 63
+        and type(ack := header[5]) is int
+        and 0 <= ack < 1 << 63
     ):
         raise _wrong_header(header)
-    _, sender, epoch, incarnation, number, ack, body = header
+    body = header[6]
     if not isinstance(body, list) or len(body) > MAX_MESSAGES:
         raise ProtocolError("a body that is no array of messages, or too long a one")
     for message in body:
-        if not isinstance(message, list) or not message or type(message[0]) is not int:
+        if type(message) is not list or not message or type(message[0]) is not int:
             raise ProtocolError("a message that is no array with its type first")
         if message[0] not in _FLAT and not _is_shallow(message, MAX_DEPTH):
             raise ProtocolError(f"a message nested deeper than {MAX_DEPTH}")

@@ -65,7 +65,7 @@ class Answers:
     def answer_run(self, run: Run, trusted: bool) -> None:
         """The one reply of each of these."""
         client = run.client
-        if client is None:
+        if client is None or not run.sequences:
             return
         client.answered += len(run.sequences)
         client.held_bytes -= run.bytes

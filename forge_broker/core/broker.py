@@ -47,7 +47,7 @@ from forge_broker.core.state import State
 from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerState
 from forge_contract import messages
-from forge_contract.channel import Due, Verdict
+from forge_contract.channel import ACK_AFTER_S, Due, Verdict
 from forge_contract.errors import ForgeError, ProtocolError, ServiceStopped
 from forge_contract.framing import Envelope, Payloads, Taken, decode, encode
 from forge_contract.messages import BROKER_NAME
@@ -149,7 +149,8 @@ class Broker:
         if isinstance(link, Worker):
             link.settle()
         frames = link.pack(now)
-        self._set_timer(link)
+        if link.timer_at > now + ACK_AFTER_S:
+            self._set_timer(link)
         return Send(link.route, frames)
 
     def _settled(self, now: float) -> list[Action]:
@@ -264,7 +265,8 @@ class Broker:
             if link.state is WorkerState.LOST:
                 self._heard_again(link, now)
             self._from_worker(link, envelope, now)
-        self._set_timer(link)
+        if link.timer_at > now + ACK_AFTER_S:  # nothing of this envelope's is due earlier
+            self._set_timer(link)
 
     def _heard_again(self, worker: Worker, now: float) -> None:
         limit = self.state.config.heartbeat_s * self.state.config.liveness

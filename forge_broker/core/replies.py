@@ -94,7 +94,7 @@ class Replies:
         if client is not ends.run.client:
             self._next_client(ends, client)
         elif ends.run.sequences:
-            self._answers.answer_run(ends.run, ends.worker.trusted)  # these came before
+            self._answers.answer_run(ends.run, ends.worker.trusted)
             ends.run = Run(client)
         client.add_run(
             [key & SEQUENCE_MASK for key in ids], OK, sizes, payloads.take_packed(sizes), ends.worker.trusted
