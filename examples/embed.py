@@ -7,6 +7,10 @@ callers still send one line each, the broker gathers what arrives within 10 ms, 
 same vectors; what differs is lines/s, printed for both. Then a few questions are embedded too, and answered with the
 lines nearest to them.
 
+How much batches gain depends on what the model leaves idle when it has one line. On one CPU core a line of fifty tokens
+keeps the arithmetic busy by itself: × 1.1 to 1.5; of six words: × 2 (91 to 179 lines per second of CPU time). A GPU is left idle
+by either.
+
     python examples/embed.py
 """
 
