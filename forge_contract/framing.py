@@ -7,6 +7,7 @@ it is some bytes, or some frames. Numbering and acknowledgement are the business
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, cast
 
@@ -20,6 +21,7 @@ MAX_DEPTH: Final = 64  # msgpack reads deeper than it writes, so what came in co
 
 _FLAT: Final = frozenset({CALLS, DISPATCH, REPLIES, RESULTS})  # the hot ones: whoever reads them checks their columns
 _RANGES: Final = (("epoch", 1 << 32), ("incarnation", 1 << 64), ("number", 1 << 63), ("ack", 1 << 63))
+_in_range: Final = struct.Struct("<IQqq").pack  # raises unless all fit: one step of Python's instead of twenty
 
 # What travels as a frame of its own; the broker relays it as it came (a zmq.Frame), so all we ask of it is `len`.
 Frame = Any
@@ -184,7 +186,7 @@ def _is_shallow(value: Any, depth: int) -> bool:
 
 
 def _wrong_header(header: Any) -> ProtocolError | VersionMismatch:
-    """What is wrong with it. `decode` has seen that something is: looking at one field after the other takes five times as long."""
+    """What is wrong with it. `decode` has seen that something is, by means that are quick and say nothing."""
     if not isinstance(header, list) or not header:
         return ProtocolError("a header that is no array")
     if header[0] != VERSION:
@@ -196,7 +198,7 @@ def _wrong_header(header: Any) -> ProtocolError | VersionMismatch:
     name, limit = next(
         (name, limit)
         for (name, limit), value in zip(_RANGES, header[2:6], strict=True)
-        if type(value) is not int or not 0 <= value < limit
+        if not isinstance(value, int) or not 0 <= value < limit
     )
     return ProtocolError(f"{name} is no number from 0 to {limit - 1}")
 
@@ -218,23 +220,13 @@ def decode(frames: Sequence[Frame]) -> Envelope:
         msgpack.UnpackException,
     ) as error:  # TypeError: a map with an array as key
         raise ProtocolError(f"a header that is no msgpack: {error}") from error
-    if not (
-        type(header) is list
-        and len(header) == 7
-        and header[0] == VERSION
-        and type(sender := header[1]) is str
-        and 0 < len(sender) <= 64
-        and type(epoch := header[2]) is int
-        and 0 <= epoch < 1 << 32
-        and type(incarnation := header[3]) is int
-        and 0 <= incarnation < 1 << 64
-        and type(number := header[4]) is int
-        and 0 <= number < 1 << 63
-        and type(ack := header[5]) is int
-        and 0 <= ack < 1 << 63
-    ):
+    try:
+        version, sender, epoch, incarnation, number, ack, body = header
+        _in_range(epoch, incarnation, number, ack)
+    except (TypeError, ValueError, struct.error):
+        raise _wrong_header(header) from None
+    if version != VERSION or type(sender) is not str or not 0 < len(sender) <= 64 or number < 0 or ack < 0:
         raise _wrong_header(header)
-    body = header[6]
     if not isinstance(body, list) or len(body) > MAX_MESSAGES:
         raise ProtocolError("a body that is no array of messages, or too long a one")
     for message in body:

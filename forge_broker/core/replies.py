@@ -30,12 +30,13 @@ METRICS_EVERY_S = 1.0
 class Ends:
     """What the replies of one envelope come to."""
 
-    __slots__ = ("count", "latency_s", "replica", "room", "run", "succeeded", "untouched", "worker")
+    __slots__ = ("client", "count", "latency_s", "replica", "room", "run", "succeeded", "untouched", "worker")
 
     def __init__(self, replica: Replica, worker: Worker) -> None:
         self.replica = replica
         self.worker = worker
-        self.run = Run()  # of ordinary ends, all of one client: nearly always all of them
+        self.client: Client | None = None  # whose replies these are at present: nearly always all of them
+        self.run: Run | None = None  # ordinary ends of calls of that client, that are no Slice's
         self.count = 0
         self.room = 0  # units of it that are free again
         self.succeeded = 0
@@ -70,7 +71,8 @@ class Replies:
                 taken = payloads.take_all(sizes[at:end])
                 self._end_each(ids[at:end], part(attempts, at, end), part(statuses, at, end), taken, ends, now)
             at = end
-        self._answers.answer_run(ends.run, worker.trusted)
+        if ends.run is not None:
+            self._answers.answer_run(ends.run, worker.trusted)
         self._make_room(ends, now)
 
     def _end_slice(
@@ -91,11 +93,8 @@ class Replies:
         self._state.held_bytes -= bytes_
         client.held_bytes -= bytes_
         client.answered += len(ids)
-        if client is not ends.run.client:
+        if client is not ends.client:
             self._next_client(ends, client)
-        elif ends.run.sequences:
-            self._answers.answer_run(ends.run, ends.worker.trusted)
-            ends.run = Run(client)
         client.add_run(
             [key & SEQUENCE_MASK for key in ids], OK, sizes, payloads.take_packed(sizes), ends.worker.trusted
         )
@@ -115,7 +114,6 @@ class Replies:
         held = state.ledger.held[replica.key]
         trusted = worker.trusted
         number = worker.channel.received  # of the envelope that this is in
-        run = ends.run
         for key, attempt, status, payload in zip(ids, attempts, statuses, taken, strict=True):
             request = state.ledger.one(replica, key)
             if request is None or request.attempt != attempt:
@@ -144,8 +142,11 @@ class Replies:
             if status == UNTOUCHED:
                 ends.untouched.append(request)
             elif request.parts is None and request.gather is None and status != DROPPED:
-                if request.client is not run.client:
-                    run = self._next_client(ends, request.client)
+                if request.client is not ends.client:
+                    self._next_client(ends, request.client)
+                run = ends.run
+                if run is None:
+                    run = ends.run = Run(request.client)
                 del run.calls[key]
                 run.bytes += request.size
                 run.sequences.append(key & SEQUENCE_MASK)
@@ -155,13 +156,14 @@ class Replies:
                 self.ended(request, replica, status, payload, trusted)
                 worker.unsettled.append((number, request, 0))
 
-    def _next_client(self, ends: Ends, client: Client) -> Run:
+    def _next_client(self, ends: Ends, client: Client) -> None:
         """The replies from here on are another client's."""
         worker = ends.worker
-        self._answers.answer_run(ends.run, worker.trusted)
-        ends.run = Run(client)
+        if ends.run is not None:
+            self._answers.answer_run(ends.run, worker.trusted)
+            ends.run = None
+        ends.client = client
         worker.unsettled.append((worker.channel.received, client, client.channel.sent + 1))
-        return ends.run
 
     def _refuse(self, ids: list[int], attempts: int | list[int], worker: Worker, now: float) -> None:
         """Late replies: somebody else has the calls, or nobody any more (W3)."""
