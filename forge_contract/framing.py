@@ -198,7 +198,7 @@ def _wrong_header(header: Any) -> ProtocolError | VersionMismatch:
     name, limit = next(
         (name, limit)
         for (name, limit), value in zip(_RANGES, header[2:6], strict=True)
-        if not isinstance(value, int) or not 0 <= value < limit
+        if type(value) is not int or not 0 <= value < limit
     )
     return ProtocolError(f"{name} is no number from 0 to {limit - 1}")
 
@@ -225,7 +225,13 @@ def decode(frames: Sequence[Frame]) -> Envelope:
         _in_range(epoch, incarnation, number, ack)
     except (TypeError, ValueError, struct.error):
         raise _wrong_header(header) from None
-    if version != VERSION or type(sender) is not str or not 0 < len(sender) <= 64 or number < 0 or ack < 0:
+    if not (
+        version == VERSION
+        and type(sender) is str
+        and 0 < len(sender) <= 64
+        and type(epoch) is type(incarnation) is type(number) is type(ack) is int
+        and number >= 0 <= ack
+    ):
         raise _wrong_header(header)
     if not isinstance(body, list) or len(body) > MAX_MESSAGES:
         raise ProtocolError("a body that is no array of messages, or too long a one")
