@@ -229,7 +229,7 @@ def decode(frames: Sequence[Frame]) -> Envelope:
         version == VERSION
         and type(sender) is str
         and 0 < len(sender) <= 64
-        and type(epoch) is type(incarnation) is type(number) is type(ack) is int
+        and bool not in map(type, header)  # which would pass for numbers
         and number >= 0 <= ack
     ):
         raise _wrong_header(header)
