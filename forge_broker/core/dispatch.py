@@ -165,6 +165,8 @@ class Dispatch:
             self._look_again(service, lane, lane.flush_at)
             return False
         batch = lane.batch()
+        if reason == "size" and len(batch) < lane.batcher.size:
+            reason = "weight"  # enough calls wait, but the next is too heavy
         first = batch[0]
         lane.batcher.stats.left(reason, len(batch), now - first.queued_at)
         replica = self._choose(first.endpoint.router, first, first.hints, now)

@@ -135,6 +135,9 @@ def test_the_weight_of_a_batch_is_limited_and_what_is_too_heavy_goes_alone() -> 
     client.call(endpoint, b"d", weight=50)
     assert worker.batches == [[b"a", b"b"], [b"c"], [b"d"]]
     assert reasons(bench) == {"weight": 3}
+    client.call(endpoint, b"e", b"f", b"g", b"h", weight=[4, 4, 8, 2])
+    assert worker.batches[3:] == [[b"e", b"f"], [b"g", b"h"]]
+    assert reasons(bench) == {"weight": 5}  # a full batch waited, but the next call was too heavy for it
 
 
 def test_with_batch_eager_nobody_waits_while_a_replica_has_room() -> None:
@@ -389,6 +392,23 @@ def test_many_keys_leave_no_empty_lanes_behind() -> None:
     assert batcher is not None
     assert len(client.results) == 2000
     assert len(batcher.lanes) <= 256
+
+
+def test_no_call_waits_in_a_lane_that_was_given_up() -> None:
+    """§9-10: at the queue's limit a full lane is emptied to make room, and among so many it goes; its next call finds the new one."""
+    bench, client, (worker,), endpoint = serving(
+        batch={"batch_key": True, "batch_timeout": 1.0}, max_queued_requests=303, replica_max_concurrent_requests=400
+    )
+    client.call(endpoint, *[b"x"] * 300, key=list(range(300)))
+    client.call(endpoint, *[b"y"] * 4, key=0)
+    assert worker.batches == [[b"x", b"y", b"y", b"y"]]
+    batcher = bench.service().endpoints[0].batcher
+    assert batcher is not None
+    assert (batcher.length, sum(lane.length for lane in batcher.lanes.values())) == (300, 300)
+    client.control("stop", service=bench.service().id)
+    worker.reply()
+    bench.advance(2.0)
+    assert len(client.results) == 304
 
 
 def test_a_call_that_says_more_than_its_shape_is_a_request_of_its_own() -> None:
