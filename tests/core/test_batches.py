@@ -15,7 +15,7 @@ from forge_contract.errors import (
     RouterError,
     ServiceStopped,
 )
-from forge_contract.messages import OK, RAISED, UNTOUCHED
+from forge_contract.messages import OK, RAISED, UNTOUCHED, show_request
 from tests.core.peers import Bench, Serving, built_in
 from tests.core.test_dispatch import Custom
 
@@ -45,7 +45,7 @@ def test_calls_gathered_together_make_exactly_as_many_full_batches_as_there_are(
 
 
 def test_a_batch_leaves_when_its_first_call_has_waited_batch_timeout() -> None:
-    """B1: the first one's time counts, not the last one's."""
+    """B1, B3, C5: the first one's time counts, not the last one's; each call's story tells."""
     bench, client, (worker,), endpoint = serving()
     client.call(endpoint, b"a")
     bench.advance(0.006)
@@ -56,6 +56,9 @@ def test_a_batch_leaves_when_its_first_call_has_waited_batch_timeout() -> None:
     assert worker.batches == [[b"a", b"b"]]
     assert reasons(bench) == {"timeout": 1}
     assert bench.service().endpoints[0].batcher.stats.waited_s == pytest.approx(0.01)
+    for call in client.ids([1, 2]):
+        (entry,) = bench.state.story.of(show_request(call))
+        assert entry.text == "left in a batch of 2 (of 4) 10.0 ms after its first call: timeout"
 
 
 def test_calls_of_several_clients_share_a_batch() -> None:

@@ -21,6 +21,9 @@ FILLS_AT_ONCE: dict[str, Any] = {**FILLS, "batch_mode": "call"}
 class Batching(ForgeActor):
     """What a batch is, in both modes, async and plain."""
 
+    def __init__(self) -> None:
+        self._raised = 0
+
     @service_endpoint(**FOUR)
     async def one_by_one(self, value: int) -> tuple[int, int]:
         return 2 * value, os.getpid()
@@ -66,7 +69,8 @@ class Batching(ForgeActor):
             case "generator":
                 return (how for how in hows)
             case "raises":
-                raise LookupError("no such token")
+                self._raised += 1
+                raise LookupError(f"raised in run {self._raised}")
         return None
 
     @service_endpoint(**FILLS_AT_ONCE)
