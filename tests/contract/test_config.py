@@ -80,6 +80,9 @@ def test_nobody_can_ask_for_a_billion_of_something() -> None:
     for name in ("procs", "hosts", "num_replicas", "replica_max_concurrent_requests", "mesh_concurrency"):
         with pytest.raises(ConfigError, match=f"{name} must be at most"):
             ServiceConfig().replace(**{name: 10**9})
+    for name in ("batch_size", "threads"):
+        with pytest.raises(ConfigError, match=f"{name} must be at most"):
+            EndpointOptions.checked("endpoint", {name: 2**70})
 
 
 @pytest.mark.parametrize("address", ["ipc:///x", "tcp://h:1", "tcp://*:5555", "tcp://[::1]:65535", "tcp://h:*"])

@@ -143,6 +143,25 @@ def test_the_weight_of_a_batch_is_limited_and_what_is_too_heavy_goes_alone() -> 
     assert reasons(bench) == {"weight": 5}  # a full batch waited, but the next call was too heavy for it
 
 
+def test_no_weight_however_odd_lets_a_batch_weigh_more_than_it_may() -> None:
+    """W8: a weight is a client's to say; what 1e18 does to a sum of small numbers is not the others' to bear."""
+    for odd in (1e18, 1.7e308):
+        _bench, client, (worker,), endpoint = serving(batch={"batch_weight": True, "batch_max_weight": 10.0})
+        client.call(endpoint, b"a", b"b", b"c", weight=[odd, 6, 6])
+        client.call(endpoint, b"d", b"e", weight=[odd, 6])
+        _bench.advance(0.01)
+        assert worker.batches == [[letter] for letter in (b"a", b"b", b"c", b"d", b"e")]
+
+
+def test_a_batch_timeout_of_nought_gathers_what_came_in_one_message() -> None:
+    """B1."""
+    bench, client, (worker,), endpoint = serving(batch={"batch_timeout": 0})
+    client.call(endpoint, b"a", b"b")
+    client.call(endpoint, b"c")
+    assert worker.batches == [[b"a", b"b"], [b"c"]]
+    assert reasons(bench) == {"timeout": 2}
+
+
 def test_with_batch_eager_nobody_waits_while_a_replica_has_room() -> None:
     """And batches fill while all are busy."""
     bench, client, (worker,), endpoint = serving(batch={"batch_eager": True}, replica_max_concurrent_requests=1)

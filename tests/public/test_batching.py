@@ -354,7 +354,9 @@ async def test_a_callers_timeout_or_cancellation_in_a_batch_is_nobody_elses() ->
     calls = [service.hold.route(n) for n in range(2)]
     late = service.hold.options(timeout=1.0).route("late")
     gone = service.hold.route("gone")
-    await until_running(service, 1)
+    async with asyncio.timeout(BOUND_S):
+        while not await service.runs.route():  # until then, an item could still leave it at the worker
+            continue
     gone.cancel()
     with pytest.raises(CallTimeout, match=r"Held.*\.hold did not answer within 1\.0 s"):
         await late
@@ -395,6 +397,22 @@ async def test_a_worker_that_is_killed_in_mid_batch_costs_no_caller_its_answer()
     os.kill(victim, signal.SIGKILL)
     assert await gathered(*calls) == [survivor] * 8
     assert await reasons(service, "rest_unless") == {"size": 3}  # four of the lost are a full batch again
+
+
+async def test_batches_wait_for_a_replica_when_there_is_none_and_leave_when_it_is_back() -> None:
+    """§9-10, F7."""
+    service = await Held.as_service()
+    pid = await service.pid.route()
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(BOUND_S):
+        while not (await service.state())["replicas"][0]["restarts"]:
+            continue
+    calls = [service.rest_unless.route(pid) for _ in range(6)]
+    await until_running(service, 1)
+    for call in calls[4:]:
+        call.cancel()
+    await until_waiting(service, 0)
+    assert await reasons(service, "rest_unless") == {"size": 1}
 
 
 async def test_a_batch_that_runs_when_the_broker_is_killed_is_not_run_again() -> None:
