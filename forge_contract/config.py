@@ -367,6 +367,7 @@ class EndpointOptions:
         problems = _Problems()
         problems.types(self)
         problems.at_least(self, 1, "batch_size", "threads")
+        problems.at_most(self, 1_000_000, "batch_size", "threads")
         problems.at_least(self, 0, "batch_timeout")
         problems.positive(self, "timeout", "hang_timeout_s", "batch_max_weight")
         for name in ("batch_weight", "batch_key"):

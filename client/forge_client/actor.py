@@ -37,10 +37,12 @@ def _mark(method: Any, decorator: str, options: Mapping[str, Any]) -> Any:
             where=where, message="sess_id is the caller's word for the session; read it with current_session()"
         )
     checked = EndpointOptions.checked(where, options)
+    parameters = list(inspect.signature(method).parameters.values())[1:]  # without the instance
+    named = {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
     wrong = [
         f"{name} names {given!r}, which is none of its parameters"
         for name in ("batch_key", "batch_weight")
-        if isinstance(given := getattr(checked, name), str) and given not in inspect.signature(method).parameters
+        if isinstance(given := getattr(checked, name), str) and given not in named
     ]
     if wrong:
         raise ConfigError(where=where, problems=wrong)

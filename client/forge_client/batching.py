@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgpack
 
 from forge_client.signature import Matcher
-from forge_contract.errors import BadCall, SerializationError
+from forge_contract.errors import BadCall
 from forge_contract.payload import encode
 
 Ask = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -74,7 +74,7 @@ class Batching:
         try:
             hash(key)
             said = encode(key, trusted=False, where=self._label)
-        except (TypeError, SerializationError) as error:
+        except Exception as error:  # the key's own code may raise anything
             raise BadCall(endpoint=self._label, why=f"batch_key gave {key!r:.80}, which is no key: {error}") from None
         return said if isinstance(said, bytes) else b"".join(said)
 
@@ -86,8 +86,8 @@ class Batching:
         if weight is None:
             return None
         try:
-            number = float(weight)
-        except (TypeError, ValueError, OverflowError):
+            number = math.nan if isinstance(weight, (str, bytes)) else float(weight)
+        except Exception:  # whatever the value's own code raises, an array of several numbers among them
             number = math.nan
         if not 0 <= number < math.inf:
             raise BadCall(endpoint=self._label, why=f"batch_weight gave {weight!r:.80}, which is no number from 0 on")

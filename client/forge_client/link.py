@@ -109,7 +109,8 @@ class ClientLink(PeerLink):
         self._close_runs()
 
     def _close_runs(self) -> None:
-        self._open: dict[int, Run] = {}
+        self._open: dict[int, Run] = {}  # endpoint → where its last call went
+        self._shaped: dict[tuple[int, int], Run] = {}  # endpoint, call shape (B2) → the same
         self._last: dict[Hashable, int] = {}
 
     # What the client says.
@@ -132,7 +133,7 @@ class ClientLink(PeerLink):
         self._sequence = seq = self._sequence + 1
         run = self._open.get(endpoint)
         if run is None or len(run.seqs) == CALLS_A_MESSAGE or run.shape != shape:
-            run = self._new_run(endpoint, shape)
+            run = self._run_of(endpoint, shape)
         if order is not None:
             if self._last.get(order, 0) > run.place:
                 run = self._new_run(endpoint, shape)
@@ -144,8 +145,17 @@ class ClientLink(PeerLink):
         self.unanswered[seq] = waiter
         return seq
 
+    def _run_of(self, endpoint: int, shape: int) -> Run:
+        """Another than the last one. Calls whose shapes take turns are a run for each shape all the same: a message for each
+        call would cost as much as one for hundreds, and what is in different messages the broker does not batch at once."""
+        run = self._shaped.get((endpoint, shape))
+        if run is None or len(run.seqs) == CALLS_A_MESSAGE:
+            return self._new_run(endpoint, shape)
+        self._open[endpoint] = run
+        return run
+
     def _new_run(self, endpoint: int, shape: int) -> Run:
-        run = self._open[endpoint] = Run(CALLS, endpoint, len(self._turn), shape)
+        run = self._open[endpoint] = self._shaped[endpoint, shape] = Run(CALLS, endpoint, len(self._turn), shape)
         self._turn.append(run)
         return run
 

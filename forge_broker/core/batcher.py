@@ -123,13 +123,14 @@ class Lane(Queue):
 
     def batch(self) -> list[Request]:
         """Take out the next one: as many as the size and the weight allow, and at least one call."""
-        most = self.batcher.size
-        if self.weight > self.batcher.max_weight:
+        most, heaviest = self.batcher.size, self.batcher.max_weight
+        if heaviest < inf:
+            # Added up anew: `weight` is a running sum, and after 1e18 has come and gone it knows nothing of the small ones.
             weight = 0.0
-            for at, request in enumerate(self):
+            for at, request in zip(range(most), self, strict=False):
                 weight += _weight(request)
-                if weight > self.batcher.max_weight and at:
-                    most = min(most, at)
+                if weight > heaviest and at:
+                    most = at
                     break
         return self.take(most)
 

@@ -165,8 +165,10 @@ class Dispatch:
             self._look_again(service, lane, lane.flush_at)
             return False
         batch = lane.batch()
+        if reason == "size" and len(batch) < lane.batcher.size:
+            reason = "weight"  # enough calls wait, but the next is too heavy
+        self._tell(batch, lane, reason, now)
         first = batch[0]
-        lane.batcher.stats.left(reason, len(batch), now - first.queued_at)
         replica = self._choose(first.endpoint.router, first, first.hints, now)
         if isinstance(replica, RouterError):
             for request in batch:
@@ -200,9 +202,19 @@ class Dispatch:
             self._dispatch(requests, owner, now)
         else:
             if requests[0].session is not None:  # else it was counted when it came here
-                lane.batcher.stats.left(reason, len(requests), now - requests[0].queued_at)
+                self._tell(requests, lane, reason, now)
             self._dispatch_batch(requests, owner, now)
         return True
+
+    def _tell(self, batch: list[Request], lane: Lane, reason: str, now: float) -> None:
+        """Why this batch leaves (B3): a figure, and where it is less than full a line in the story of each of its calls (C5). What a
+        batch is full by, and an eager one, are the ordinary path."""
+        batcher, waited_s = lane.batcher, now - batch[0].queued_at
+        batcher.stats.left(reason, len(batch), waited_s)
+        if reason in ("timeout", "deadline"):
+            text = f"left in a batch of {len(batch)} (of {batcher.size}) {waited_s * 1000:.1f} ms after its first call: {reason}"
+            for request in batch:
+                self._state.story.tell(now, show_request(request.id), text)
 
     def _look_again(self, service: Service, queue: Queue, when: float) -> None:
         if when < queue.timer_at:

@@ -211,6 +211,8 @@ class Intake:
             if waiting.length >= limit:
                 # This envelope's calls have not been pumped yet: they may leave room.
                 self._dispatch.pump(service, now)
+                if batcher is not None:
+                    queue = batcher.lane_of(request)  # it may have been given up, empty
             if waiting.length < limit:
                 queue.push(request)
                 service.wake(queue)

@@ -15,7 +15,7 @@ from forge_contract.errors import (
     RouterError,
     ServiceStopped,
 )
-from forge_contract.messages import OK, RAISED, UNTOUCHED
+from forge_contract.messages import OK, RAISED, UNTOUCHED, show_request
 from tests.core.peers import Bench, Serving, built_in
 from tests.core.test_dispatch import Custom
 
@@ -45,7 +45,7 @@ def test_calls_gathered_together_make_exactly_as_many_full_batches_as_there_are(
 
 
 def test_a_batch_leaves_when_its_first_call_has_waited_batch_timeout() -> None:
-    """B1: the first one's time counts, not the last one's."""
+    """B1, B3, C5: the first one's time counts, not the last one's; each call's story tells."""
     bench, client, (worker,), endpoint = serving()
     client.call(endpoint, b"a")
     bench.advance(0.006)
@@ -56,6 +56,9 @@ def test_a_batch_leaves_when_its_first_call_has_waited_batch_timeout() -> None:
     assert worker.batches == [[b"a", b"b"]]
     assert reasons(bench) == {"timeout": 1}
     assert bench.service().endpoints[0].batcher.stats.waited_s == pytest.approx(0.01)
+    for call in client.ids([1, 2]):
+        (entry,) = bench.state.story.of(show_request(call))
+        assert entry.text == "left in a batch of 2 (of 4) 10.0 ms after its first call: timeout"
 
 
 def test_calls_of_several_clients_share_a_batch() -> None:
@@ -135,6 +138,28 @@ def test_the_weight_of_a_batch_is_limited_and_what_is_too_heavy_goes_alone() -> 
     client.call(endpoint, b"d", weight=50)
     assert worker.batches == [[b"a", b"b"], [b"c"], [b"d"]]
     assert reasons(bench) == {"weight": 3}
+    client.call(endpoint, b"e", b"f", b"g", b"h", weight=[4, 4, 8, 2])
+    assert worker.batches[3:] == [[b"e", b"f"], [b"g", b"h"]]
+    assert reasons(bench) == {"weight": 5}  # a full batch waited, but the next call was too heavy for it
+
+
+def test_no_weight_however_odd_lets_a_batch_weigh_more_than_it_may() -> None:
+    """W8: a weight is a client's to say; what 1e18 does to a sum of small numbers is not the others' to bear."""
+    for odd in (1e18, 1.7e308):
+        _bench, client, (worker,), endpoint = serving(batch={"batch_weight": True, "batch_max_weight": 10.0})
+        client.call(endpoint, b"a", b"b", b"c", weight=[odd, 6, 6])
+        client.call(endpoint, b"d", b"e", weight=[odd, 6])
+        _bench.advance(0.01)
+        assert worker.batches == [[letter] for letter in (b"a", b"b", b"c", b"d", b"e")]
+
+
+def test_a_batch_timeout_of_nought_gathers_what_came_in_one_message() -> None:
+    """B1."""
+    bench, client, (worker,), endpoint = serving(batch={"batch_timeout": 0})
+    client.call(endpoint, b"a", b"b")
+    client.call(endpoint, b"c")
+    assert worker.batches == [[b"a", b"b"], [b"c"]]
+    assert reasons(bench) == {"timeout": 2}
 
 
 def test_with_batch_eager_nobody_waits_while_a_replica_has_room() -> None:
@@ -389,6 +414,23 @@ def test_many_keys_leave_no_empty_lanes_behind() -> None:
     assert batcher is not None
     assert len(client.results) == 2000
     assert len(batcher.lanes) <= 256
+
+
+def test_no_call_waits_in_a_lane_that_was_given_up() -> None:
+    """§9-10: at the queue's limit a full lane is emptied to make room, and among so many it goes; its next call finds the new one."""
+    bench, client, (worker,), endpoint = serving(
+        batch={"batch_key": True, "batch_timeout": 1.0}, max_queued_requests=303, replica_max_concurrent_requests=400
+    )
+    client.call(endpoint, *[b"x"] * 300, key=list(range(300)))
+    client.call(endpoint, *[b"y"] * 4, key=0)
+    assert worker.batches == [[b"x", b"y", b"y", b"y"]]
+    batcher = bench.service().endpoints[0].batcher
+    assert batcher is not None
+    assert (batcher.length, sum(lane.length for lane in batcher.lanes.values())) == (300, 300)
+    client.control("stop", service=bench.service().id)
+    worker.reply()
+    bench.advance(2.0)
+    assert len(client.results) == 304
 
 
 def test_a_call_that_says_more_than_its_shape_is_a_request_of_its_own() -> None:
