@@ -38,7 +38,7 @@ class Client(Link):
         self.answered = 0
         self.held_bytes = 0  # arguments of `calls`
         self.services: set[int] = set()  # that end with it
-        self.sessions: set[tuple[int, str]] = set()  # (service id, session id)
+        self.sessions: set[Any] = set()  # services.Session; that end with it
 
     def call(self, key: int) -> Request | Gather | None:
         """One of `calls`, by itself."""

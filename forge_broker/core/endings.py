@@ -53,20 +53,23 @@ class Endings:
 
     def end_early(self, call: Request | Gather, error: ForgeError, now: float) -> None:
         """Answer now; what is queued leaves its queue, what runs is dropped and gives its room back when it has ended (F5)."""
+        self._let_go_all(call, now)
+        self._answers.fail(call, error)
+
+    def _let_go_all(self, call: Request | Gather, now: float) -> None:
         if isinstance(call, Gather):
             for child in call.children.values():
                 self._let_go(child, now)
             call.children.clear()
         else:
             self._let_go(call, now)
-        self._answers.fail(call, error)
 
     def drop_client(self, client: Client, now: float) -> None:
         """The client is gone: nobody waits for any of its calls."""
         for call in client.open_calls():
-            self.end_early(call, CallCancelled(endpoint=call.endpoint.full_name, why="its client is gone"), now)
-        for service_id, sid in list(client.sessions):
-            self._sessions.close(self._state.services[service_id], sid, "its client is gone", now)
+            self._let_go_all(call, now)
+            self._answers.settle(call, client)
+        self._sessions.close_all(list(client.sessions), "its client is gone", now)
 
     def _let_go(self, request: Request, now: float) -> None:
         if isinstance(request.holder, Queue):

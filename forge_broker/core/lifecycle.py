@@ -494,8 +494,7 @@ class Lifecycle:
             return
         if any(launch.replica.service is service for launch in state.launches.values()):
             return
-        for sid in list(service.sessions):
-            self._sessions.close(service, sid, "its service is stopped", now)
+        self._sessions.close_all(list(service.sessions.values()), "its service is stopped", now)
         del state.services[service.id]
         del state.names[service.name]
         for endpoint in service.endpoints:

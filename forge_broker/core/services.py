@@ -79,18 +79,26 @@ class Endpoint:
 class Session:
     """What the broker knows of one session; where it is pinned stands in `Service.pins`."""
 
-    __slots__ = ("client", "hints", "id", "lost", "ran", "state", "suspects", "unpinned", "used_at")
+    __slots__ = ("_hints", "client", "id", "lost", "ran", "service", "state", "suspects", "unpinned", "used_at")
 
-    def __init__(self, id: str, client: Any, hints: dict[str, Any], now: float) -> None:
+    def __init__(self, id: str, service: Service, client: Any, hints: dict[str, Any], now: float) -> None:
         self.id = id
+        self.service = service
         self.client = client
-        self.hints = hints
+        self._hints = hints or None  # most have none: an empty map for each would be a sixth of what a session takes
         self.used_at = now
         self.unpinned = 0  # its calls in the service's `unpinned` queue
         self.suspects = 0  # its calls in the service's `suspects` queue
         self.ran = False  # a call of it was answered by a replica, which may have state of it
         self.state: Checkpoint | None = None  # the last one its replica sent (S3)
         self.lost = ""  # why its state is lost for good: what its calls fail with
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id} of {self.service.name}>"
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        return self._hints or {}
 
 
 class Checkpoint(NamedTuple):
