@@ -29,7 +29,7 @@ from forge_contract.errors import (
     UnknownService,
     UnknownSession,
 )
-from forge_contract.framing import Payloads, weigh
+from forge_contract.framing import Payload, Payloads, weigh
 from forge_contract.messages import DROPPED, request_id, sequence_of
 
 PRUNE_FROM: Final = 10_000  # deadlines; below it, looking for outdated ones is not worth it
@@ -68,14 +68,23 @@ class Intake:
             if routed == len(sequences):
                 return
             sequences, sizes, payloads = sequences[routed:], sizes[routed:], Payloads(packed[routed_bytes:], ())
+        self._one_by_one(client, endpoint, sequences, payloads.take_all(sizes), columns, now)
+
+    def _one_by_one(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        sequences: list[int],
+        taken: list[Payload],
+        columns: dict[str, Any],
+        now: float,
+    ) -> None:
+        """Accept these, each a Request."""
+        state = self._state
         base = request_id(client.id, 0)
-        taken = payloads.take_all(sizes)
         calls = client.calls
-        queue = endpoint.queue
-        service = endpoint.service
         timeout = columns.get("timeout")
-        # Else a later item of this envelope may have to come first, or with it.
-        in_order = "priority" not in columns and endpoint.batcher is None
+        repeated = "again" in columns
         accepted = len(calls)
         held = 0
         stateless: list[Request] = []
@@ -97,9 +106,9 @@ class Intake:
                     continue
                 if timeout is not None:
                     self._set_deadline(request, timeout[at] if isinstance(timeout, list) else timeout, now)
-            if "again" in columns and (claim := state.claims.pop(key, None)) is not None:
+            if repeated and (claim := state.claims.pop(key, None)) is not None:
                 claimed.append((request, claim))
-            elif "again" in columns and endpoint.at_most_once:
+            elif repeated and endpoint.at_most_once:
                 why = "the broker died, and nobody says that it ran"
                 self._answers.reject(client, sequence, OutcomeUnknown(endpoint=endpoint.full_name, why=why))
                 continue
@@ -114,12 +123,13 @@ class Intake:
         state.held_bytes += held
         for request, claim in claimed:
             self._reclaim(request, claim, now)
-        if stateless:
-            routed = 0
-            if in_order and not service.ready and not queue.length:
-                # Nobody waits: what `pump` would do, at once.
-                routed = self._dispatch.route_all(stateless, endpoint, now)
-            self._enqueue(stateless[routed:], endpoint, now)
+        service = endpoint.service
+        # Else a later item of this envelope may have to come first, or with it.
+        in_order = "priority" not in columns and endpoint.batcher is None
+        if stateless and in_order and not service.ready and not endpoint.queue.length:
+            # Nobody waits: what `pump` would do, at once.
+            del stateless[: self._dispatch.route_all(stateless, endpoint, now)]
+        self._enqueue(stateless, endpoint, now)
         self._dispatch.pump(service, now)
 
     def _held_as_one(self, endpoint: Endpoint, columns: dict[str, Any]) -> bool:
