@@ -5,6 +5,8 @@
 #              it: make chaos CHAOS="--everything --hand-started 2", and `python bench/chaos.py --help`
 # make storm   seeded storms over the real core and links in virtual time: make storm SEEDS=20000 FIRST=0
 # make failover   how long a call is away when its worker is killed
+# make peers   the same work on Ray Serve, Ray, LitServe, mosec, ipyparallel and a plain pyzmq broker, each installed apart:
+#              more of it: make peers PEERS="--runs 5", and `python bench/against_peers.py --help`
 # make clean   remove what these made
 #
 # Needs Python 3.11 or newer and make; everything else goes into .venv. Another interpreter: make PYTHON=python3.13 …
@@ -25,11 +27,13 @@ unexport $(filter FORGE_%,$(.VARIABLES))
 
 # For bench/chaos.py.
 CHAOS ?=
+# For bench/against_peers.py.
+PEERS ?=
 # For the storms: how many, and the seed of the first.
 SEEDS ?= 1000
 FIRST ?= 0
 
-.PHONY: demo test lint chaos storm failover clean
+.PHONY: demo test lint chaos storm failover peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.for-demo
@@ -53,6 +57,9 @@ storm: $(VENV)/.for-dev
 failover: $(VENV)/.for-dev
 	$(BIN)/python bench/failover.py
 
+peers: $(VENV)/.for-bench
+	$(BIN)/python bench/against_peers.py --json bench/out/peers.json --plot bench/out/peers.png $(PEERS)
+
 clean:
 	rm -rf $(VENV) build dist bench/out .hypothesis .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	rm -rf *.egg-info client/*.egg-info cli/*.egg-info
@@ -66,7 +73,12 @@ $(VENV)/.for-demo: $(VENV)/.made $(INPUTS)
 
 $(VENV)/.for-dev: $(VENV)/.made $(INPUTS)
 	@echo "installing Forge broker and what its tests need into $(VENV); the first time this takes minutes (torch is large)"
-	@$(PIP) install -c constraints.txt -e '.[dev,torch,examples,uvloop]'
+	@$(PIP) install -c constraints.txt -e '.[dev,torch,examples,bench,uvloop]'
+	@touch $@
+
+$(VENV)/.for-bench: $(VENV)/.made $(INPUTS)
+	@echo "installing Forge broker and what draws the picture into $(VENV); each peer gets an environment of its own below bench/out/"
+	@$(PIP) install -c constraints.txt -e '.[bench,uvloop]'
 	@touch $@
 
 $(VENV)/.made:

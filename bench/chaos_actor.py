@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from bench.chaos_history import History
-from forge_client import ForgeActor, current_session, endpoint
+from forge_client import ForgeActor, current_session, endpoint, service_endpoint
 
 
 class Counter(ForgeActor):
@@ -25,6 +25,13 @@ class Counter(ForgeActor):
     @endpoint
     async def work(self, call: str) -> int:
         return await self._once("plain", call)
+
+    @service_endpoint(batch_size=8, batch_timeout=0.002, batch_mode="call")
+    async def work_together(self, calls: list[str]) -> list[int]:
+        for call in calls:
+            self._history.write("run", "plain", call)
+        await asyncio.sleep(self._work_s)
+        return [0] * len(calls)
 
     @endpoint(delivery="at_most_once")
     async def once(self, call: str) -> int:

@@ -122,13 +122,17 @@ class Callers:
                 await asyncio.sleep(PAUSE_S)
 
     def _send(self, kind: str, session: str = "", n: int = 0) -> Sent:
-        call = f"{self._label}-{next(self._numbers)}"
+        number = next(self._numbers)
+        call = f"{self._label}-{number}"
         self._history.write("invoke", kind, call, session, n)
         service = self._service
         try:
             if kind == "session":
                 return call, service.add.route(call, n)
-            return call, service.once.route(call) if kind == "once" else service.work.route(call)
+            if kind == "once":
+                return call, service.once.route(call)
+            # Every other one in batches.
+            return call, (service.work_together if number % 2 else service.work).route(call)
         except ForgeError as error:
             # Raised before anything travelled, so it certainly did not run.
             lost = isinstance(error, BrokerLost)

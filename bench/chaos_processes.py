@@ -1,4 +1,5 @@
 """The processes that `chaos` and `failover` start and break: a broker that comes back at the same addresses, and its workers.
+`against_peers` marks and ends its own in the same way.
 
 Workers are found by a mark in their environment, which they inherit from the broker that launched them, and from nobody else. So they
 are found while no broker lives that could be asked, and those of a broker that was killed are found too. Linux only: /proc.

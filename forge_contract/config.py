@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Hashable, Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from forge_contract.addresses import check_address
 from forge_contract.errors import ConfigError, did_you_mean
@@ -338,6 +338,9 @@ class ServiceConfig:
         return cls(**fields)
 
 
+_OF_BATCHES: Final = ("batch_weight", "batch_max_weight", "batch_key", "batch_eager", "batch_sessions", "collate")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EndpointOptions:
     """What `@endpoint` and `@service_endpoint` take. Made once per endpoint, at decoration."""
@@ -346,6 +349,14 @@ class EndpointOptions:
     batch_size: int = 1  # items per batch; 1: no batching
     batch_timeout: float = 0.01  # seconds after the first item
     batch_mode: str = "route"  # "call": the method takes lists
+    batch_weight: object = None  # a function of the arguments, or the name of one: an item's weight, from 0 on; None: 1
+    batch_max_weight: float | None = None  # of a batch; one item that weighs more goes alone
+    batch_key: object = (
+        None  # a function of the arguments, or the name of one: only items with equal keys share a batch
+    )
+    batch_eager: bool = False  # a batch leaves at once while a replica has room
+    batch_sessions: bool = False  # calls of sessions share batches too, each session's in order
+    collate: str | None = None  # "stack": arrays are stacked before the call, and the result is split after it
     threads: int = 1  # for a plain `def`: how many calls at once off the loop
     delivery: str | None = None  # None: the service's
     timeout: float | None = None  # seconds; a call's own `options(timeout=)` wins
@@ -356,8 +367,25 @@ class EndpointOptions:
         problems = _Problems()
         problems.types(self)
         problems.at_least(self, 1, "batch_size", "threads")
+        problems.at_most(self, 1_000_000, "batch_size", "threads")
         problems.at_least(self, 0, "batch_timeout")
-        problems.positive(self, "timeout", "hang_timeout_s")
+        problems.positive(self, "timeout", "hang_timeout_s", "batch_max_weight")
+        for name in ("batch_weight", "batch_key"):
+            one = getattr(self, name)
+            # A bool is what the wire says of a function.
+            problems.need(
+                one is None or isinstance(one, (bool, str)) or callable(one),
+                f"{name} must be a function of the arguments or the name of one, not {one!r:.60}",
+            )
+        problems.need(
+            self.batch_max_weight is None or bool(self.batch_weight),
+            "batch_max_weight needs batch_weight, which gives an item's weight",
+        )
+        problems.need(self.collate in (None, "stack"), f"collate must be 'stack', not {self.collate!r}")
+        problems.need(self.collate is None or self.batch_mode == "call", "collate needs batch_mode='call'")
+        if self.batch_size == 1:
+            given = [name for name in _OF_BATCHES if getattr(self, name)]
+            problems.need(not given, f"{', '.join(given)} without batch_size above 1: nothing is batched")
         problems.need(
             self.batch_mode in ("route", "call"), f"batch_mode must be 'route' or 'call', not {self.batch_mode!r}"
         )
@@ -378,8 +406,9 @@ class EndpointOptions:
         return cls(**options)
 
     def to_wire(self) -> dict[str, Any]:
-        """All but the router, which travels beside this."""
-        return {name: getattr(self, name) for name in sorted(field_names(type(self)) - {"router"})}
+        """All but the router, which travels beside this, and what only clients ask, of which the wire says whether it is there."""
+        fields = {name: getattr(self, name) for name in sorted(field_names(type(self)) - {"router"})}
+        return fields | {name: True for name in ("batch_weight", "batch_key") if callable(fields[name])}
 
 
 @dataclass(frozen=True, kw_only=True)

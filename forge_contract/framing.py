@@ -7,6 +7,7 @@ it is some bytes, or some frames. Numbering and acknowledgement are the business
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple, cast
 
@@ -20,6 +21,7 @@ MAX_DEPTH: Final = 64  # msgpack reads deeper than it writes, so what came in co
 
 _FLAT: Final = frozenset({CALLS, DISPATCH, REPLIES, RESULTS})  # the hot ones: whoever reads them checks their columns
 _RANGES: Final = (("epoch", 1 << 32), ("incarnation", 1 << 64), ("number", 1 << 63), ("ack", 1 << 63))
+_in_range: Final = struct.Struct("<IQqq").pack  # raises unless all fit: one step of Python's instead of twenty
 
 # What travels as a frame of its own; the broker relays it as it came (a zmq.Frame), so all we ask of it is `len`.
 Frame = Any
@@ -79,6 +81,14 @@ class Payloads:
         self._at = at
         return found
 
+    def take_packed(self, sizes: Sequence[int]) -> bytes:
+        """The payloads of a column whose items are all small, side by side as they came. Raises ProtocolError."""
+        start = self._at
+        self._at = end = start + sum(sizes)
+        if end > len(self._packed):
+            raise ProtocolError(f"payloads of {end - start} bytes, but {len(self._packed) - start} are left")
+        return self._packed[start:end]
+
     def close(self) -> None:
         """Sizes must add up: bytes that no message names are a sign of a confused peer."""
         if self._at != len(self._packed) or self._next != len(self._large):
@@ -101,6 +111,9 @@ class Taken(Payloads):
 
     def take_all(self, sizes: Iterable[int]) -> list[Payload]:
         return [self.take(size) for size in sizes]
+
+    def take_packed(self, sizes: Sequence[int]) -> bytes:
+        return b"".join(cast(list[bytes], self.take_all(sizes)))
 
 
 class Outbox:
@@ -130,6 +143,10 @@ class Outbox:
             return [self.attach(payload) for payload in payloads]
         self._packed += cast(Sequence[bytes], payloads)
         return map(len, payloads)
+
+    def attach_packed(self, packed: bytes) -> None:
+        """Small payloads that are side by side already; the message names the size of each."""
+        self._packed.append(packed)
 
     def seal(self, sender: str, epoch: int, incarnation: int, number: int, ack: int) -> list[Frame]:
         """The frames of the envelope; the outbox is empty afterwards."""
@@ -168,6 +185,24 @@ def _is_shallow(value: Any, depth: int) -> bool:
     return depth > 0 and all(_is_shallow(one, depth - 1) for one in inner)
 
 
+def _wrong_header(header: Any) -> ProtocolError | VersionMismatch:
+    """What is wrong with it. `decode` has seen that something is, by means that are quick and say nothing."""
+    if not isinstance(header, list) or not header:
+        return ProtocolError("a header that is no array")
+    if header[0] != VERSION:
+        return VersionMismatch(ours=VERSION, theirs=header[0] if isinstance(header[0], int) else "something else")
+    if len(header) != 7:
+        return ProtocolError(f"a header of {len(header)} fields instead of 7")
+    if not (isinstance(header[1], str) and 0 < len(header[1]) <= 64):
+        return ProtocolError("a sender that is no name")
+    name, limit = next(
+        (name, limit)
+        for (name, limit), value in zip(_RANGES, header[2:6], strict=True)
+        if type(value) is not int or not 0 <= value < limit
+    )
+    return ProtocolError(f"{name} is no number from 0 to {limit - 1}")
+
+
 def decode(frames: Sequence[Frame]) -> Envelope:
     """Read an envelope. The first two frames are bytes, the others whatever the socket gave.
 
@@ -185,22 +220,23 @@ def decode(frames: Sequence[Frame]) -> Envelope:
         msgpack.UnpackException,
     ) as error:  # TypeError: a map with an array as key
         raise ProtocolError(f"a header that is no msgpack: {error}") from error
-    if not isinstance(header, list) or not header:
-        raise ProtocolError("a header that is no array")
-    if header[0] != VERSION:
-        raise VersionMismatch(ours=VERSION, theirs=header[0] if isinstance(header[0], int) else "something else")
-    if len(header) != 7:
-        raise ProtocolError(f"a header of {len(header)} fields instead of 7")
-    _, sender, epoch, incarnation, number, ack, body = header
-    if not (isinstance(sender, str) and 0 < len(sender) <= 64):
-        raise ProtocolError("a sender that is no name")
-    for (name, limit), value in zip(_RANGES, (epoch, incarnation, number, ack), strict=True):
-        if type(value) is not int or not 0 <= value < limit:
-            raise ProtocolError(f"{name} is no number from 0 to {limit - 1}")
+    try:
+        version, sender, epoch, incarnation, number, ack, body = header
+        _in_range(epoch, incarnation, number, ack)
+    except (TypeError, ValueError, struct.error):
+        raise _wrong_header(header) from None
+    if not (
+        version == VERSION
+        and type(sender) is str
+        and 0 < len(sender) <= 64
+        and bool not in map(type, header)  # which would pass for numbers
+        and number >= 0 <= ack
+    ):
+        raise _wrong_header(header)
     if not isinstance(body, list) or len(body) > MAX_MESSAGES:
         raise ProtocolError("a body that is no array of messages, or too long a one")
     for message in body:
-        if not isinstance(message, list) or not message or type(message[0]) is not int:
+        if type(message) is not list or not message or type(message[0]) is not int:
             raise ProtocolError("a message that is no array with its type first")
         if message[0] not in _FLAT and not _is_shallow(message, MAX_DEPTH):
             raise ProtocolError(f"a message nested deeper than {MAX_DEPTH}")

@@ -58,9 +58,11 @@ __all__ = [
     "decode",
     "decode_call",
     "decode_exception",
+    "decode_small",
     "encode",
     "encode_call",
     "encode_exception",
+    "encode_plain_call",
     "payload_size",
     "register_value",
 ]
@@ -98,14 +100,9 @@ def encode(value: object, *, trusted: bool, where: str = "value") -> Payload:
 def encode_call(args: tuple[Any, ...], kwargs: dict[str, Any], *, trusted: bool, where: str) -> Payload:
     """The arguments of a call, as `encode` would encode `[[*args], kwargs]`. `where`: the endpoint, for the error."""
     if not kwargs:
-        for value in args:
-            kind = type(value)
-            if kind not in _PLAIN_TYPES or (kind is bytes and len(value) >= LARGE):
-                break
-        else:
-            document = _plainly([[*args], kwargs])
-            if document is not None:
-                return document
+        document = encode_plain_call(args)
+        if document is not None:
+            return document
     try:
         large = holds_large(args) or (bool(kwargs) and holds_large(kwargs.values()))
         return _encode([[*args], kwargs], trusted, large)
@@ -117,6 +114,21 @@ def encode_call(args: tuple[Any, ...], kwargs: dict[str, Any], *, trusted: bool,
                 path = f", argument {name!r}{found}"
                 break
         raise _refusal(cannot, where, path) from cannot.__cause__
+
+
+def encode_plain_call(args: tuple[Any, ...]) -> bytes | None:
+    """The same for a small call by position whose arguments plain msgpack can say, as most are; None for any other. Half of what
+    it costs is not the packing (0.2 µs), so it does nothing else.
+    """
+    for value in args:
+        kind = type(value)
+        if kind not in _PLAIN_TYPES or (kind is bytes and len(value) >= LARGE):
+            return None
+    try:
+        document: bytes = _pack_plain([[*args], {}])
+    except (ValueError, OverflowError):  # lone surrogates, ints beyond 64 bits
+        return None
+    return document if len(document) < LARGE else None
 
 
 def encode_exception(error: BaseException, *, trusted: bool) -> Payload:
@@ -191,6 +203,19 @@ def decode(payload: Any, *, trusted: bool) -> Any:
             return Decoder(trusted, opened(payload[1:], trusted)).document(payload[0])
         payload = payload[0]
     return _PLAIN[trusted].document(payload)
+
+
+def decode_small(payloads: list[Any], *, trusted: bool) -> list[Any] | None:
+    """What `decode` gives for each, if all are small, as in most columns they are; None if one is not, or cannot be read: to be
+    decoded one by one then, to learn which. A call of `decode` costs as much as what it does for a small payload.
+    """
+    if set(map(type, payloads)) != {bytes} or max(map(len, payloads)) > CHECK_FROM:
+        return None
+    hook = _HOOKS[trusted]
+    try:
+        return [_unpack(payload, ext_hook=hook, strict_map_key=False) for payload in payloads]
+    except Exception:
+        return None  # `decode` will raise it, for whoever has that payload
 
 
 def decode_call(payload: Any, *, trusted: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 The broker asks a router only when some replica has room. A custom router subclasses `Router` and sees *all* healthy replicas
 as views; choosing a full one parks the call in that replica's own queue. The built-in load balancers choose among those with
-room, and must not look at every replica for every call: they ask a `Pool` three questions, which the broker's own pool
+room, and must not look at every replica for every call: they ask a `Pool` a few questions, which the broker's own pool
 answers in constant time; a plain list is wrapped in one that scans, so that a custom router may filter the
 candidates and hand the rest to a built-in one.
 """
@@ -59,6 +59,10 @@ class Pool:
     def __iter__(self) -> Iterator[Any]:
         return (self[position] for position in range(len(self)))
 
+    def by_idx(self, idx: int) -> Any | None:
+        """The replica of this idx, if it is one of these."""
+        raise NotImplementedError
+
     def count_with_room(self) -> int:
         """How many have room."""
         raise NotImplementedError
@@ -81,6 +85,9 @@ class ListPool(Pool):
 
     def __getitem__(self, position: Any, /) -> Any:
         return self._replicas[position]
+
+    def by_idx(self, idx: int) -> Any | None:
+        return next((replica for replica in self._replicas if replica.idx == idx), None)
 
     def count_with_room(self) -> int:
         return sum(replica.has_room for replica in self._replicas)
@@ -246,10 +253,9 @@ class SessionRouter(Router):
         self, healthy_replicas: Any, sess_id: str | None = None, session_map: Mapping[str, int] | None = None
     ) -> Any:
         if sess_id is not None and session_map and sess_id in session_map:
-            pinned = session_map[sess_id]
-            for replica in healthy_replicas:
-                if replica.idx == pinned:
-                    return replica
+            replica = _pool(healthy_replicas).by_idx(session_map[sess_id])
+            if replica is not None:
+                return replica
         return self.fallback.get_replica(healthy_replicas, sess_id, session_map)
 
 

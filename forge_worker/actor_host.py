@@ -5,8 +5,8 @@ there is something to flush. When a call may start is decided in `_admit` and wh
 
 1. Where the class has hooks for its sessions (S3), a session's calls run one at a time, each from the import of the state
    it needs to the checkpoint that its reply takes along: `sessions`. For such a call no other order counts.
-2. A call with an order key (its session, or its client where the broker says so) waits until the one before it under
-   that key has begun: `_behind`. A mesh's calls have no key: there, at most one runs, and they start in order anyway.
+2. A call with order keys (its session, or its client where the broker says so; all sessions of a batch) waits until the one
+   before it under each has begun: `_behind`. A mesh's calls have no key: there, at most one runs, and they start in order anyway.
 3. Never more than `concurrency` run: `_waiting`, in order of dispatch.
 4. A plain `def` needs a thread of its endpoint: `parked`, in that endpoint. Others pass it: a slow endpoint starves nobody.
 
@@ -21,20 +21,22 @@ import inspect
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, cast
 
 from forge_client.context import request_var, session_var
 from forge_contract.errors import ForgeError
 from forge_contract.framing import Payload
-from forge_contract.messages import DROPPED, RAISED, UNTOUCHED, client_of
+from forge_contract.messages import DROPPED, OK, RAISED, UNTOUCHED
 from forge_contract.payload import decode_call
 from forge_worker.assignment import Assignment
-from forge_worker.calls import Call, Endpoint, Key
+from forge_worker.batches import in_lists
+from forge_worker.bursts import Burst
+from forge_worker.calls import Call, Endpoint, Key, calls_of, has_order
 from forge_worker.last_resort import give_up
 from forge_worker.link import Import, Replay, Run, WorkerLink
-from forge_worker.outcomes import BROKEN, Outcome, Outcomes, in_lists
+from forge_worker.outcomes import BROKEN, Outcome, Outcomes
 from forge_worker.sessions import Session, Sessions
 from forge_worker.steps import Steps
 from forge_worker.threads import Threads, in_thread
@@ -75,14 +77,15 @@ class ActorHost:
             Endpoint(
                 f"{assignment.class_name}.{spec.name}",
                 method,
-                spec.takes_lists,
+                spec,
                 Threads(self._loop, spec.threads, spec.name),
             )
             for spec, method in zip(assignment.endpoints, methods, strict=True)
         ]
-        self._steps: Steps[Call] = Steps(self._begin, self._returned, self._raised)
+        self._steps: Steps[Call] = Steps(self._begin, self.returned, self.raised)
         self._calls: dict[int, Call] = {}
-        self._active = 0  # of them, started
+        self._active = 0  # started, those of bursts among them
+        self._burst_since = 0.0  # monotonic seconds, 0.0: none is under way
         self._waiting: deque[Call] = deque()
         self._unbegun: dict[Key, Call] = {}  # under each key the last one admitted, until it has begun
         self._behind: dict[Key, deque[Call]] = {}
@@ -96,37 +99,58 @@ class ActorHost:
         return f"<ActorHost {self._class_name} {self._active} of {self._room} running, {len(self._calls)} held>"
 
     def run(self, run: Run) -> None:
-        """Take calls in; each gets its reply through the link, whatever happens to it."""
+        """Take calls in; each gets its reply through the link, whatever happens to it. To be followed by `serve`."""
         if self._stopping:
             for request, attempt in zip(run.ids, run.attempts, strict=True):
                 self._link.reply(request, attempt, UNTOUCHED, b"")
             self._on_reply()
             return
-        endpoint, trusted = self._endpoints[run.method], run.trusted
-        calls, put, started, has_hooks = self._calls, self._steps.put, time.monotonic(), self._sessions is not None
-        for request, attempt, payload, session, by_client in zip(
-            run.ids, run.attempts, run.payloads, run.sessions, run.by_client, strict=True
+        self._steps.due = True
+        endpoint, started, ordered = self._endpoints[run.method], time.monotonic(), has_order(run, serial=self._serial)
+        has_hooks = self._sessions is not None and any(run.sessions)
+        if (
+            endpoint.is_async
+            and not endpoint.takes_lists
+            and len(run.ids) <= self._room - self._active
+            and not has_hooks
+            and not (ordered and (self._unbegun or self._behind))
         ):
-            key: Key = None
-            if not self._serial:
-                key = client_of(request) if by_client else session
-            calls[request] = call = Call(request, attempt, endpoint, payload, trusted, session, key)
-            if session is not None and has_hooks:
-                self._admit_to_session(call, session)
-            elif key is not None:
-                self._admit(call, key)
+            self._active += len(run.ids)
+            if not self._burst_since:
+                self._burst_since = started
+            self._steps.put(Burst(self, self._outcomes, endpoint, run, started))
+            return
+        if ordered and self._burst_since:
+            self.serve()  # whose calls keep no books of who has begun
+            self._steps.due = True
+        for call in calls_of(run, endpoint, self._outcomes, serial=self._serial):
+            for request in (call.id,) if call.batch is None else call.batch.ids:
+                self._calls[request] = call
+            if call.session is not None and has_hooks:
+                self._admit_to_session(call, call.session)
+            elif call.keys:
+                self._admit(call)
             elif endpoint.is_async and self._active < self._room:
                 self._active += 1  # `_place` and `_start`, for the many that need no deciding
                 call.started = started
-                put(call)
+                self._steps.put(call)
             else:
                 self._place(call)
 
+    def serve(self) -> None:
+        """Let those that came begin; what of them ends at once is replied to in this turn. After `run`, in its turn."""
+        self._steps.serve()
+        self._burst_since = 0.0
+
     def drop(self, ids: list[int]) -> None:
         """Cancel these: an async one's task; a thread goes on, and its result is dropped (F5)."""
+        for burst in self._steps.bursts() if self._burst_since else ():
+            for gone in burst.drop(set(ids)):
+                gone.dropped = True
+                self._over(gone, DROPPED, b"")
         for request in ids:
             call = self._calls.get(request)
-            if call is None or call.dropped:
+            if call is None or call.dropped or not self._nobody_waits(call, request):
                 continue
             call.dropped = True
             if not call.started:
@@ -134,13 +158,25 @@ class ActorHost:
             elif call.task is not None:
                 call.task.cancel()  # without a task it has not begun, and will find out
 
+    def _nobody_waits(self, call: Call, request: int) -> bool:
+        """Whether that is so without this request. An item of a batch leaves it before it starts; later its reply does (B2)."""
+        batch = call.batch
+        if batch is None or call.started or len(batch.ids) == 1:
+            return batch is None or batch.drop(request)
+        attempt = batch.leave(request)
+        call.id = batch.ids[0]
+        del self._calls[request]
+        self._link.reply(request, attempt, DROPPED, b"")
+        self._on_reply()
+        return False
+
     async def replay(self, replay: Replay) -> None:
         """Run an endpoint for its effect, at once (A11): a thread of its own for a plain one. Raises what it raises.
         A mesh runs nothing else meanwhile, for its collectives must not cross."""
         endpoint = self._endpoints[replay.method]
         args, kwargs = decode_call(replay.payload, trusted=replay.trusted)
         if endpoint.takes_lists:
-            args, kwargs = in_lists(args, kwargs)
+            args, kwargs = in_lists(args, kwargs, stacks=endpoint.stacks)
         self._active += 1
         try:
             if endpoint.is_async:
@@ -187,7 +223,7 @@ class ActorHost:
             endpoint.parked.clear()
         if self._sessions is not None:
             self._sessions.let_go()
-        for call in [call for call in self._calls.values() if not call.started]:
+        for call in dict.fromkeys(call for call in self._calls.values() if not call.started):
             self._forget(call, UNTOUCHED)
         torn: set[str | None] = set()
         if not await self._empty_within(grace_s):
@@ -211,25 +247,30 @@ class ActorHost:
     def oldest_s(self, now: float) -> float:
         """Age of the oldest running call in seconds, 0.0 if none runs; any thread may ask."""
         started = [call.started for call in list(self._calls.values()) if call.started]
+        if since := self._burst_since:
+            started.append(since)
         return max(0.0, now - min(started)) if started else 0.0
 
     # When a call may start: the cases of the module's docstring.
 
-    def _admit(self, call: Call, key: Key) -> None:
-        before = self._unbegun.get(key)
-        if before is not None and before.begun:  # a thread began it, and could not tell us
-            self._begun(before)
+    def _admit(self, call: Call) -> None:
+        for key in call.keys:
             before = self._unbegun.get(key)
-        if before is not None:
-            # Tasks begin in the order in which they are made; of threads one never knows.
-            in_order = before.started and before.endpoint.is_async and call.endpoint.is_async
-            if not in_order or key in self._behind:
-                self._behind.setdefault(key, deque()).append(call)
-                if before.started:
-                    self._look_soon()
-                return
-        self._unbegun[key] = call
-        self._place(call)
+            if before is not None and before.begun:  # a thread began it, and could not tell us
+                self._begun(before)
+                before = self._unbegun.get(key)
+            if before is not None:
+                # Tasks begin in the order in which they are made; of threads one never knows.
+                in_order = before.started and before.endpoint.is_async and call.endpoint.is_async
+                if not in_order or key in self._behind:
+                    self._behind.setdefault(key, deque()).append(call)
+                    call.blocked += 1
+                    if before.started:
+                        self._look_soon()
+                    continue
+            self._unbegun[key] = call
+        if not call.blocked:
+            self._place(call)
 
     def _admit_to_session(self, call: Call, name: str) -> None:
         assert self._sessions is not None
@@ -272,24 +313,26 @@ class ActorHost:
             self._steps.put(call)
         else:
             call.endpoint.threads.run(partial(self._run_plain, call), partial(self._ended_plain, call))
-            if call.key is not None and call.key in self._behind:
+            if not self._behind.keys().isdisjoint(call.keys):
                 self._look_soon()
 
     def _begun(self, call: Call) -> None:
-        """The first line of `call` runs, or never will: the next of its key is free to go."""
-        key = call.key
-        if self._unbegun.get(key) is not call:
-            return
-        del self._unbegun[key]
-        behind = self._behind.pop(key, None)
-        while behind:
-            follower = behind.popleft()
-            if not follower.dropped:
-                if behind:
-                    self._behind[key] = behind
-                self._unbegun[key] = follower
-                self._place(follower)
-                return
+        """The first line of `call` runs, or never will: the next of each of its keys is free to go."""
+        for key in call.keys:
+            if self._unbegun.get(key) is not call:
+                continue
+            del self._unbegun[key]
+            behind = self._behind.pop(key, None)
+            while behind:
+                follower = behind.popleft()
+                if not follower.dropped:
+                    if behind:
+                        self._behind[key] = behind
+                    self._unbegun[key] = follower
+                    follower.blocked -= 1
+                    if not follower.blocked:
+                        self._place(follower)
+                    break
 
     def _look_soon(self) -> None:
         if not self._looking:
@@ -301,7 +344,9 @@ class ActorHost:
         word from the thread would let go of the GIL between saying and doing, and the follower could be first."""
         self._looking = False
         for key in list(self._behind):
-            before = self._unbegun[key]
+            before = self._unbegun.get(key)
+            if before is None:
+                continue  # begun meanwhile, by another of its keys
             if before.begun:
                 self._begun(before)
             elif before.started and not before.endpoint.is_async:
@@ -312,7 +357,7 @@ class ActorHost:
     def _begin(self, call: Call) -> Coroutine[Any, Any, Any] | None:
         """The coroutine of an async endpoint, about to take its first step. None: it has been answered."""
         call.begun = True
-        if call.key is not None:
+        if call.keys:
             self._begun(call)
         if call.dropped:
             if call.coroutine is not None:
@@ -323,15 +368,17 @@ class ActorHost:
             return call.coroutine
         endpoint = call.endpoint
         try:
-            args, kwargs = decode_call(call.payload, trusted=call.trusted)
+            arguments = call.arguments()
         except ForgeError as error:
             self._end(call, *self._outcomes.failed(error))
             return None
         except BaseException as error:  # the arguments' own code, or memory
             self._end(call, *self._outcomes.raised(error))
             return None
-        if endpoint.takes_lists:
-            args, kwargs = in_lists(args, kwargs)
+        if arguments is None:
+            self._end(call, OK, b"")
+            return None
+        args, kwargs = arguments
         try:
             coroutine: Coroutine[Any, Any, Any] = endpoint.method(*args, **kwargs)
         except BaseException as error:  # arguments that do not fit
@@ -339,11 +386,31 @@ class ActorHost:
             return None
         return coroutine
 
-    def _returned(self, call: Call, value: Any) -> None:
+    def apart(self, burst: Burst, request: int, attempt: int) -> Call:
+        """A call that has left its burst. Its session has no hooks, and those behind it none to wait for."""
+        call = Call(request, attempt, burst.endpoint, b"", burst.trusted, None)
+        call.started, call.begun = burst.started, True
+        self._calls[request] = call
+        return call
+
+    def burst_over(self, burst: Burst) -> None:
+        """Those in its columns have ended by a value; the books of all at once."""
+        if burst.ids:
+            self._active -= len(burst.ids)
+            self._link.reply_all(burst.ids, burst.attempts, [OK] * len(burst.ids), burst.payloads)
+            if self._waiting:
+                self._advance()
+            self._on_reply()
+
+    def ended(self, call: Call, outcome: Outcome) -> None:
+        self._end(call, *outcome)
+
+    def returned(self, call: Call, value: Any) -> None:
         endpoint = call.endpoint
-        status, payload = self._outcomes.returned(endpoint.name, value, endpoint.takes_lists)
+        status, payload = call.returned(value, self._outcomes)
         if (
             status
+            or call.batch is not None
             or (call.session is not None and self._sessions is not None)
             or self._waiting
             or endpoint.parked
@@ -357,7 +424,7 @@ class ActorHost:
             self._link.reply(call.id, call.attempt, status, payload)
             self._on_reply()
 
-    def _raised(self, call: Call, error: BaseException) -> None:
+    def raised(self, call: Call, error: BaseException) -> None:
         # Whatever it is, the worker goes on (A5). Of a call that was dropped nobody reads it.
         self._end(call, *((DROPPED, b"") if call.dropped else self._outcomes.raised(error)))
 
@@ -374,29 +441,28 @@ class ActorHost:
             session_var.set(call.session)
         endpoint = call.endpoint
         try:
-            args, kwargs = decode_call(call.payload, trusted=call.trusted)
+            arguments = call.arguments()
         except ForgeError as error:
             return self._outcomes.failed(error)
-        if endpoint.takes_lists:
-            args, kwargs = in_lists(args, kwargs)
         call.begun = True
+        if arguments is None:
+            return OK, b""
+        args, kwargs = arguments
         value = endpoint.method(*args, **kwargs)
         if inspect.iscoroutine(value):
             return value
-        return self._outcomes.returned(endpoint.name, value, endpoint.takes_lists)
+        return call.returned(value, self._outcomes)
 
     def _ended_plain(self, call: Call, result: Outcome | Coroutine[Any, Any, Any]) -> None:
         call.begun = True
-        if call.key is not None:
+        if call.keys:
             self._begun(call)
         if not inspect.iscoroutine(result):
             self._end(call, *cast(Outcome, result))
             return
-        # An `async def` under a decorator that hides it (torch.no_grad is one): it belongs on the loop.
         call.coroutine = result
         endpoint = call.endpoint
-        endpoint.is_async = True
-        endpoint.method = awaiting(endpoint.method)
+        endpoint.found_async()
         self._waiting.extendleft(reversed(endpoint.parked))
         endpoint.parked.clear()
         self._steps.put(call)
@@ -443,7 +509,9 @@ class ActorHost:
 
     def _forget(self, call: Call, status: int, payload: Payload = b"") -> None:
         """The one way a call leaves: with a reply, unless all are abandoned."""
-        del self._calls[call.id]
+        batch = call.batch
+        for request in (call.id,) if batch is None else batch.ids:
+            del self._calls[request]
         if not call.started:
             self._begun(call)  # it never will; those behind it need not wait
         if call.session is not None and self._sessions is not None:
@@ -452,9 +520,13 @@ class ActorHost:
                 self._leave_session(session)
         if self._stopping and not self._calls:
             self._empty.set()
-        if not self._abandoned:
+        if self._abandoned:
+            return
+        if batch is None:
             self._link.reply(call.id, call.attempt, status, payload)
-            self._on_reply()
+        else:
+            self._link.reply_all(batch.ids, batch.attempts, *batch.replies(status, payload))
+        self._on_reply()
 
     # Sessions with hooks: what a call is preceded by and followed by.
 
@@ -521,12 +593,3 @@ class ActorHost:
         except TimeoutError:
             return False
         return True
-
-
-def awaiting(method: Callable[..., Awaitable[Any]]) -> Callable[..., Coroutine[Any, Any, Any]]:
-    """The method as an `async def`."""
-
-    async def call(*args: Any, **kwargs: Any) -> Any:
-        return await method(*args, **kwargs)
-
-    return call

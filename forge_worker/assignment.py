@@ -21,6 +21,7 @@ class EndpointSpec:
     name: str
     threads: int  # for a plain `def`: calls at once off the loop
     takes_lists: bool  # batch_mode "call": the method gets a list per argument and returns a list
+    stacks: bool = False  # collate "stack": arrays come and go as one, with a first dimension more
 
     @classmethod
     def read(cls, fields: Any) -> Self:
@@ -30,7 +31,8 @@ class EndpointSpec:
         threads = options.get("threads", 1)
         if not isinstance(threads, int) or threads < 1:
             raise ProtocolError(f"threads of endpoint {fields['name']!r} is {threads!r:.40}")
-        return cls(fields["name"], threads, options.get("batch_mode") == "call")
+        takes_lists = options.get("batch_mode") == "call"
+        return cls(fields["name"], threads, takes_lists, takes_lists and options.get("collate") == "stack")
 
 
 @dataclass(frozen=True)

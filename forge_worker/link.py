@@ -12,7 +12,8 @@ then whatever comes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from itertools import repeat
+from typing import Any, Final, NamedTuple
 
 from forge_contract.errors import ForgeError, ProtocolError
 from forge_contract.framing import Envelope, Frame, Outbox, Payload, encode
@@ -40,6 +41,8 @@ from forge_contract.segments import Terms
 from forge_worker.assignment import Assignment
 from forge_worker.kept import Columns, KeptReplies
 
+PRUNE_FROM: Final = 1024  # batches; below it, looking for those that are over is not worth it
+
 
 class Assign(NamedTuple):
     """Become this rank. Comes once in a worker's life."""
@@ -65,6 +68,7 @@ class Run(NamedTuple):
     payloads: list[Payload]
     sessions: list[str | None]
     by_client: list[bool]  # calls of one client start in this order
+    batches: list[int] | None = None  # their sizes, in order; None: no batches
 
 
 class Drop(NamedTuple):
@@ -151,6 +155,8 @@ class WorkerLink(PeerLink):
         self._instructions: list[Instruction] = []
         self._arguments: Payload = b""  # of the constructor
         self._has_setup = False  # READY was said
+        self._batches: list[list[int]] = []  # ids of those that run, and of some that have
+        self._prune_at = PRUNE_FROM
         self._ids: list[int] = []
         self._attempts: list[int] = []
         self._statuses: list[int] = []
@@ -192,6 +198,15 @@ class WorkerLink(PeerLink):
         self._attempts.append(attempt)
         self._statuses.append(status)
         self._payloads.append(payload)
+
+    def reply_all(self, requests: list[int], attempts: list[int], statuses: list[int], payloads: list[Payload]) -> None:
+        """`reply` for many at once."""
+        if list(map(self.running.pop, requests, repeat(None))) != attempts:
+            raise KeyError(f"of requests {requests!r:.200} some do not run here as these attempts")
+        self._ids += requests
+        self._attempts += attempts
+        self._statuses += statuses
+        self._payloads += payloads
 
     def bye(self, reason: str) -> None:
         if self.state is LinkState.OPEN:
@@ -320,10 +335,28 @@ class WorkerLink(PeerLink):
         session = columns.get("session")
         sessions = spread(session, count)
         by_client = spread(columns.get("client", False), count)
+        batches = columns.get("batches")
+        if batches is not None and (set(map(type, batches)) != {int} or min(batches) < 1 or sum(batches) != count):
+            raise ProtocolError(f"batches of {batches!r:.80} in a dispatch of {count}")
         if session is not None:
             self.sessions.update((one, self._clock) for one in sessions if one is not None)
+        if batches is not None:
+            self._keep_batches(ids, batches)
         self.running.update(zip(ids, attempts, strict=True))  # last: what cannot be read does not run
-        self._instructions.append(Run(method, trusted is True, ids, attempts, payloads, sessions, by_client))
+        self._instructions.append(Run(method, trusted is True, ids, attempts, payloads, sessions, by_client, batches))
+
+    def _keep_batches(self, ids: list[int], sizes: list[int]) -> None:
+        """Remember which calls take their room together; now and then forget those that are over, once for many."""
+        if len(self._batches) >= self._prune_at:
+            self._batches = self._running_batches()
+            self._prune_at = 2 * len(self._batches) + PRUNE_FROM
+        at = 0
+        for size in sizes:
+            self._batches.append(ids[at : at + size])
+            at += size
+
+    def _running_batches(self) -> list[list[int]]:
+        return [batch for batch in self._batches if not self.running.keys().isdisjoint(batch)]
 
     def _checked(self, method: int) -> int:
         count = 0 if self.assignment is None else len(self.assignment.endpoints)
@@ -350,7 +383,7 @@ class WorkerLink(PeerLink):
         assert self.assignment is not None
         self._gathered = replies
         ids, attempts, statuses, payloads = replies
-        sizes = [outbox.attach(payload) for payload in payloads]
+        sizes = list(outbox.attach_all(payloads))
         outbox.body.append([REPLIES, self.assignment.epoch, ids, column(attempts), column(statuses), sizes])
 
     def _holds(self) -> dict[str, Any] | None:
@@ -364,6 +397,7 @@ class WorkerLink(PeerLink):
             "rank": held.rank,
             "ready": self._has_setup,
             "running": [[request, attempt] for request, attempt in self.running.items()],
+            "batches": self._running_batches(),
             "replies": bool(self.kept or self._ids),
             "sessions": [[one, max(0.0, self._clock - used)] for one, used in sorted(self.sessions.items())],
         }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import logging
+import math
 import os
 import signal
 import sys
@@ -153,6 +154,7 @@ class Worker:
         self._broken = False  # the process itself: its sessions' states are not to be trusted
         self._acknowledged = asyncio.Event()  # while leaving: all that was sent
         self._wake: asyncio.TimerHandle | None = None
+        self._wake_at = math.inf  # monotonic seconds
         self._orphan: asyncio.TimerHandle | None = None
         self._orphan_grace_s = WELCOME_WITHIN_S
         self._flush_due = False
@@ -190,9 +192,12 @@ class Worker:
             self._acknowledged.set()
 
     def _turn(self) -> None:
+        self._flush_due = True  # what ends in this turn leaves with it
         try:
             for instruction in self._link.take():
                 self._carry_out(instruction)
+            if self._host is not None:
+                self._host.serve()
         except Exception as error:  # calls are half in: whoever waits for them would wait for ever
             give_up(error)
         self._flush()
@@ -251,17 +256,15 @@ class Worker:
         except Exception as error:  # no memory for the envelope, or our socket was closed under us
             give_up(error)
         deadline = self._link.next_deadline()
-        if deadline is None:
-            return
         # A timer that comes too early costs one look; making a new one in every turn would cost more.
-        delay_s = max(0.0, deadline - time.monotonic())
-        if self._wake is None or self._wake.cancelled() or self._wake.when() > self._loop.time() + delay_s + 0.001:
+        if deadline is not None and deadline < self._wake_at - 0.001:
             if self._wake is not None:
                 self._wake.cancel()
-            self._wake = self._loop.call_later(delay_s, self._awake)
+            self._wake_at = deadline
+            self._wake = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._awake)
 
     def _awake(self) -> None:
-        self._wake = None
+        self._wake, self._wake_at = None, math.inf
         self._flush()
 
     def _reconnected(self) -> None:

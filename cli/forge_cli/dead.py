@@ -159,12 +159,12 @@ async def _send(client: Client, target: Target, payload: Any, timeout_s: float |
 
     binding = target.binding
     reader = (MeshReader if mesh else Reader)(target.label, return_first=binding.return_first, sizes=binding.sizes)
-    call = client.new_call(reader)
+    call = client.new_call()
     within_s = target.timeout if timeout_s is None else timeout_s
     deadline = None if within_s is None else time.monotonic() + within_s
     extras = None if deadline is None else Extras(deadline=deadline)
-    call.seq = client.link.submit(target.id, client.own(payload, target.label), call, extras)
+    seq = client.link.submit(target.id, client.own(payload, target.label), (call, reader), extras)
     if deadline is not None and within_s is not None:
-        client.guard(call.seq, deadline, within_s)
+        client.guard(seq, deadline, within_s)
     client.touch()
     return await call

@@ -36,7 +36,17 @@ def _mark(method: Any, decorator: str, options: Mapping[str, Any]) -> Any:
         raise ConfigError(
             where=where, message="sess_id is the caller's word for the session; read it with current_session()"
         )
-    setattr(method, _MARK, EndpointOptions.checked(where, options))
+    checked = EndpointOptions.checked(where, options)
+    parameters = list(inspect.signature(method).parameters.values())[1:]  # without the instance
+    named = {one.name for one in parameters if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+    wrong = [
+        f"{name} names {given!r}, which is none of its parameters"
+        for name in ("batch_key", "batch_weight")
+        if isinstance(given := getattr(checked, name), str) and given not in named
+    ]
+    if wrong:
+        raise ConfigError(where=where, problems=wrong)
+    setattr(method, _MARK, checked)
     return method
 
 
@@ -63,8 +73,10 @@ def service_endpoint(method: Any = None, /, **options: Any) -> Any:
     """Mark a method and say how a service routes its calls.
 
     Options: router (instance, class or factory), batch_size, batch_timeout (seconds), batch_mode ("route" or "call"),
-    threads (of a plain def), timeout (seconds), delivery ("at_least_once" or "at_most_once"), hang_timeout_s (seconds: a
-    call that runs longer restarts its replica), replay_last. Raises ConfigError as `endpoint` does.
+    batch_key and batch_weight (functions of the arguments, or the name of one), batch_max_weight, batch_eager,
+    batch_sessions, collate ("stack"), threads (of a plain def), timeout (seconds), delivery ("at_least_once" or
+    "at_most_once"), hang_timeout_s (seconds: a call that runs longer restarts its replica), replay_last. Raises ConfigError
+    as `endpoint` does.
     """
     if method is not None:
         return _mark(method, "service_endpoint", {})

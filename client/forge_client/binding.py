@@ -25,9 +25,21 @@ if TYPE_CHECKING:
 class Target:
     """One endpoint of a bound service: what a call needs to be judged, addressed and read."""
 
-    __slots__ = ("binding", "client", "id", "label", "least", "matcher", "most", "name", "replay_last", "timeout")
+    __slots__ = (
+        "binding",
+        "client",
+        "id",
+        "label",
+        "least",
+        "matcher",
+        "most",
+        "name",
+        "options",
+        "replay_last",
+        "timeout",
+    )
 
-    def __init__(self, binding: Binding, name: str, number: int, matcher: Matcher, timeout: float | None) -> None:
+    def __init__(self, binding: Binding, name: str, number: int, matcher: Matcher, options: dict[str, Any]) -> None:
         self.binding = binding
         self.client = binding.client
         self.name = name
@@ -36,8 +48,9 @@ class Target:
         self.matcher = matcher
         self.least = matcher.least
         self.most = matcher.most
-        self.timeout = timeout
-        self.replay_last = False
+        self.options = options  # of the endpoint, as the broker describes them
+        self.timeout: float | None = options.get("timeout")
+        self.replay_last = options.get("replay_last") is True
 
 
 class Binding:
@@ -72,12 +85,10 @@ class Binding:
                     name,
                     int(number),
                     Matcher.from_wire(signatures.get(name)),
-                    options.get(name, {}).get("timeout"),
+                    options.get(name, {}),
                 )
                 for name, number in description["endpoints"].items()
             }
-            for name, target in self.targets.items():
-                target.replay_last = options.get(name, {}).get("replay_last") is True
             self.metrics = Metrics(description.get("metrics"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ProtocolError(f"a service was described in no known form: {error!r}") from error

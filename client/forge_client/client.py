@@ -19,10 +19,11 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextvars import copy_context
 from typing import Any, Final
 
 from forge_client.binding import Binding
-from forge_client.call import Call
+from forge_client.call import Call, GivenUp, Waiter
 from forge_client.dealer import Dealer
 from forge_client.embedded import EmbeddedBroker, Watch
 from forge_client.heartbeat import Heartbeat
@@ -44,7 +45,7 @@ from forge_contract.errors import (
 )
 from forge_contract.framing import Frame, Payload, encode
 from forge_contract.messages import HEARTBEAT, OK
-from forge_contract.payload import decode, decode_exception, payload_size
+from forge_contract.payload import decode_exception, decode_small, payload_size
 from forge_contract.peer_link import LinkState
 
 _log = logging.getLogger("forge_client")
@@ -78,6 +79,9 @@ class Client:
         self._timer_at = 0.0
         self._opened: asyncio.Future[None] = self.loop.create_future()
         self.link = ClientLink(draw_name("client"), _now(), hello=hello_identity(), listener=self, detached=detached)
+        # What every call's future has until it is answered; kept, because bound methods and contexts are made anew each time.
+        self.when_done = GivenUp(self.link.unanswered, self._drop).done
+        self.context = copy_context()
         self._dealer = Dealer(
             address,
             receive=self._receive,
@@ -132,11 +136,13 @@ class Client:
             self.flush_due = True
             self.loop.call_soon(self._flush)
 
-    def new_call(self, reader: Reader) -> Call:
-        call = Call(loop=self.loop)
-        call.client = self
-        call.reader = reader
-        call.seq = 0
+    def new_call(self) -> Call:
+        """The future of a call that is submitted next. Cancelling it, as cancelling a task that awaits it does, cancels the call."""
+        return self.watch(self.loop.create_future())
+
+    def watch(self, call: Call) -> Call:
+        """The call itself, whose cancellation we shall hear of."""
+        call.add_done_callback(self.when_done, context=self.context)
         return call
 
     def own(self, payload: Payload, label: str, *, share: bool = True) -> Payload:
@@ -160,7 +166,7 @@ class Client:
             heapq.heapify(heap)
         heapq.heappush(heap, (deadline + GUARD_S, seq, timeout_s))
 
-    def drop(self, seq: int) -> None:
+    def _drop(self, seq: int) -> None:
         """Nobody waits for this call any more."""
         self.link.cancel(seq)
         self.touch()
@@ -260,14 +266,14 @@ class Client:
             self._opened.set_exception(why())
             self._opened.exception()  # whoever opens us is told, or has told us
 
-    def _fail(self, calls: list[Call], controls: list[Any], why: Why, *, quietly: bool = False) -> None:
+    def _fail(self, calls: list[Waiter], controls: list[Any], why: Why, *, quietly: bool = False) -> None:
         bindings = list(self._bindings.values())
         self._bindings.clear()
         for binding in bindings:
             binding.ended(why)
         if self.loop.is_closed():
             return  # nobody is left to be told
-        for waiting in (*calls, *(answer for answer, _ in controls)):
+        for waiting, _ in (*calls, *controls):
             if not waiting.done():
                 waiting.set_exception(why())
                 if quietly:
@@ -324,11 +330,12 @@ class Client:
             self._lost_at = now + self._grace_s
         while self._timeouts and self._timeouts[0][0] <= now:
             _, seq, timeout_s = heapq.heappop(self._timeouts)
-            call: Call | None = self.link.unanswered.get(seq)
-            if call is not None and not call.done():
+            waiter: Waiter | None = self.link.unanswered.get(seq)
+            if waiter is not None and not waiter[0].done():
                 self.link.cancel(seq)
                 state = "no answer from the broker"
-                call.set_exception(CallTimeout(endpoint=call.reader.label, timeout_s=timeout_s, state=state))
+                call, reader = waiter
+                call.set_exception(CallTimeout(endpoint=reader.label, timeout_s=timeout_s, state=state))
         self._flush()
 
     def _reconnected(self) -> None:
@@ -376,9 +383,9 @@ class Client:
         self._fail(waiters, controls, lambda: BrokerLost(address=self.address, why=why))
 
     def unsure(self, waiters: list[Any]) -> None:
-        for call in waiters:
+        for call, reader in waiters:
             if not call.done():
-                call.set_exception(OutcomeUnknown(endpoint=call.reader.label, why="the broker died while it ran"))
+                call.set_exception(OutcomeUnknown(endpoint=reader.label, why="the broker died while it ran"))
 
     def declares(self) -> Declared | None:
         bindings = self._bindings.values()
@@ -394,34 +401,56 @@ class Client:
         )
 
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Payload]) -> None:
-        for call, status, payload in zip(waiters, statuses, payloads, strict=True):
-            if call is None:
+        alike = len(payloads) > 1 and not any(statuses)
+        values = decode_small(payloads, trusted=trusted) if alike else None
+        if values is None:
+            for waiter, status, payload in zip(waiters, statuses, payloads, strict=True):
+                if waiter is not None:
+                    call, reader = waiter
+                    self._settle(call, reader, trusted, status, payload)
+            return
+        when_done = self.when_done
+        for waiter, value, payload in zip(waiters, values, payloads, strict=True):
+            if waiter is None:
                 continue
+            call, reader = waiter
+            if type(reader) is not Reader:  # a value alone is not what it makes of a reply
+                self._settle(call, reader, trusted, OK, payload)
+                continue
+            call.remove_done_callback(when_done)
             try:
-                reader = call.reader
-                # What `Reader.one` does first, without its call: these are most of all results.
-                plain = status == OK and type(reader) is Reader
-                value = decode(payload, trusted=trusted) if plain else reader.one(status, payload, trusted)
-            except Exception as error:
-                # Its own frames say nothing to the caller, and would keep this whole batch in memory.
-                call.set_exception(error.with_traceback(None))
-            else:
                 call.set_result(value)
+            except asyncio.InvalidStateError:
+                continue  # cancelled in this very turn
+
+    def _settle(self, call: Call, reader: Reader, trusted: bool, status: int, payload: Payload) -> None:
+        """Give one call its reply, whatever that is."""
+        if call.done():
+            return
+        call.remove_done_callback(self.when_done)
+        try:
+            value = reader.one(status, payload, trusted)
+        except Exception as error:
+            # Its own frames say nothing to the caller, and would keep this whole batch in memory.
+            call.set_exception(error.with_traceback(None))
+        else:
+            call.set_result(value)
 
     def parts(
         self, trusted: bool, waiter: Any, points: list[list[int]], statuses: list[int], payloads: list[Payload]
     ) -> None:
         if waiter is None:
             return
-        replay = getattr(waiter, "replay", None)  # a slot that only fan-outs fill
-        if replay is not None and all(status == OK for status in statuses):
-            replay()
+        call, reader = waiter
+        call.remove_done_callback(self.when_done)
         try:
-            value = waiter.reader.parts(trusted, points, statuses, payloads)
+            value = reader.parts(trusted, points, statuses, payloads)
         except Exception as error:
-            waiter.set_exception(error.with_traceback(None))
+            if not call.done():
+                call.set_exception(error.with_traceback(None))
         else:
-            waiter.set_result(value)
+            if not call.done():
+                call.set_result(value)
 
     def answer(self, waiter: Any, ok: bool, fields: dict[str, Any], payload: Payload | None) -> None:
         if waiter is None:

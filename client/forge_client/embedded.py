@@ -14,7 +14,6 @@ import atexit
 import logging
 import os
 import select
-import signal
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from typing import Any, Final
 from forge_client.gpus import find_gpus
 from forge_contract.addresses import check_address
 from forge_contract.errors import ConfigError, ForgeError, StartFailed, from_wire
+from forge_contract.exit_status import how_it_ended
 
 _log = logging.getLogger("forge_client")
 
@@ -105,7 +105,7 @@ class EmbeddedBroker:
         """
         if not self.died:
             raise StartFailed(service="the embedded broker", why="it was asked to end")
-        how = _how_it_ended(self.process.returncode)
+        how = how_it_ended(self.process.returncode)
         if not may_revive(self.revived, now):
             why = f"it died {len(self.revived) + 1} times within {REVIVALS_WITHIN_S:g} s, now of {how}"
             raise StartFailed(service="the embedded broker", why=why)
@@ -223,15 +223,6 @@ def may_revive(revived: list[float], now: float) -> bool:
     """Whether one more start is allowed after those; forgets the ones too long ago to count."""
     revived[:] = [when for when in revived if now - when < REVIVALS_WITHIN_S]
     return len(revived) < REVIVALS_AT_MOST
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"  # a real-time one has no name
 
 
 def end_embedded(broker: EmbeddedBroker | None = None) -> None:

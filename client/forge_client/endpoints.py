@@ -16,14 +16,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from forge_client.call import Call
+from forge_client.batching import NOTHING_SAID, Batching, Said
+from forge_client.call import Call, Waiter
 from forge_client.outgoing import Extras
 from forge_client.replies import FanoutReader, MeshReader, Reader
 from forge_client.session import active_sessions, session_of
 from forge_contract.config import field_names
 from forge_contract.errors import BadCall, ConfigError, SerializationError, did_you_mean
 from forge_contract.framing import Payload
-from forge_contract.payload import encode_call
+from forge_contract.payload import encode_call, encode_plain_call
 
 if TYPE_CHECKING:
     from forge_client.binding import Binding, Target
@@ -75,6 +76,7 @@ class _Endpoint:
         self._target: Target | None = None
         self._timeout: float | None = None
         self._plain = False
+        self._batching: Batching | None = None  # of one that batches
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._label}>"
@@ -96,6 +98,7 @@ class _Endpoint:
         target = binding.targets[self._name]
         self._timeout = target.timeout if options.timeout is None else options.timeout
         self._plain = self._timeout is None and not options.priority and options.hints is None
+        self._batching = self._handle.batching(target)
         self._learn(binding, target)
         self._target = target
         return target
@@ -120,18 +123,29 @@ class _Endpoint:
             return target.client.own(payload, target.label, share=not target.replay_last)
         return payload
 
-    def _extras(self, session: str | None, rank: int | None) -> Extras | None:
-        if self._plain and session is None and rank is None:
+    def _extras(self, session: str | None, rank: int | None, said: Said = NOTHING_SAID) -> Extras | None:
+        if self._plain and session is None and rank is None and said.key is None and said.weight is None:
             return None
         deadline = None if self._timeout is None else _now() + self._timeout
-        return Extras(deadline, session, self._options.priority, self._options.hints, rank)
+        return Extras(deadline, session, self._options.priority, self._options.hints, rank, said.key, said.weight)
+
+    def _say(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Said:
+        """What the broker has to know to batch this call. Raises BadCall. Needs a bound endpoint."""
+        return NOTHING_SAID if self._batching is None else self._batching.said(args, kwargs)
 
     def _submit(
-        self, target: Target, call: Call, payload: Payload, session: str | None, order: Any, rank: int | None = None
+        self,
+        target: Target,
+        waiter: Waiter,
+        payload: Payload,
+        session: str | None,
+        order: Any,
+        rank: int | None = None,
+        said: Said = NOTHING_SAID,
     ) -> None:
         client = target.client
-        extras = self._extras(session, rank)
-        call.seq = seq = client.link.submit(target.id, payload, call, extras, order)
+        extras = self._extras(session, rank, said)
+        seq = client.link.submit(target.id, payload, waiter, extras, order, said.shape)
         if extras is not None and extras.deadline is not None and self._timeout is not None:
             client.guard(seq, extras.deadline, self._timeout)
         if session is not None and (opened := target.binding.sessions.get(session)) is not None:
@@ -162,10 +176,39 @@ class _Endpoint:
             target = self._take(binding)
             if refusal is not None and not target.client.trusted:
                 raise refusal
-            call.client = target.client
+            target.client.watch(call)
             send(target, call, target.client.own(payload, label, share=not target.replay_last))
 
         return self._handle.later(submit)
+
+
+def _quick_route(target: Target, reader: Reader, in_calls: bool) -> Callable[[tuple[Any, ...]], Call | None]:
+    """`route` for most calls: by position, with plain arguments that fit, no options, no session. Any other gives None, with
+    nothing done, and goes the long way, where everything is asked. A function with all it needs at hand, because half of
+    what a call costs the client is Python's steps from here to the columns. `in_calls`: the shapes of calls matter (B2).
+    """
+    client, binding, endpoint = target.client, target.binding, target.id
+    least, most = target.least, target.most
+    link, submit, new_future = client.link, client.link.submit, client.loop.create_future
+    when_done, context = client.when_done, client.context
+
+    def route(args: tuple[Any, ...]) -> Call | None:
+        if binding.over is not None or not least <= len(args) <= most:
+            return None
+        payload = encode_plain_call(args)
+        if payload is None or len(payload) > link.max_payload_bytes:
+            return None
+        call: Call = new_future()
+        call.add_done_callback(when_done, context=context)  # as `Client.new_call`
+        if in_calls:
+            submit(endpoint, payload, (call, reader), None, None, len(args))
+        else:
+            submit(endpoint, payload, (call, reader))
+        if not client.flush_due:
+            client.touch()
+        return call
+
+    return route
 
 
 class ServiceEndpoint(_Endpoint):
@@ -173,6 +216,7 @@ class ServiceEndpoint(_Endpoint):
 
     _reader: Reader
     _fan_reader: FanoutReader
+    _quick: Callable[[tuple[Any, ...]], Call | None] | None = None  # `route` of what is quickly said, once bound
 
     def _learn(self, binding: Binding, target: Target) -> None:
         how: dict[str, Any] = {
@@ -183,6 +227,9 @@ class ServiceEndpoint(_Endpoint):
         self._reader = Reader(target.label, **how)
         self._fan_reader = FanoutReader(target.label, **how)
         self._fan_reader.return_exceptions = self._options.return_exceptions
+        batching = self._batching
+        if self._plain and not (batching is not None and batching.asks):
+            self._quick = _quick_route(target, self._reader, batching is not None and batching.in_calls)
 
     def route(self, *args: Any, sess_id: str | None = None, **kwargs: Any) -> Answer:
         """Call one replica, chosen by the endpoint's router; `sess_id` wins over the session of the block around it.
@@ -190,29 +237,27 @@ class ServiceEndpoint(_Endpoint):
         Awaiting it gives the value (of rank 0, or a ValueMesh, see `return_first_rank_result`), or raises what the
         endpoint raised. BadCall, SerializationError, PayloadTooLarge, Overloaded and SessionClosed are raised at once.
         """
+        if self._quick is not None and sess_id is None and not kwargs and not active_sessions.get():
+            quick = self._quick(args)
+            if quick is not None:
+                return quick
         target = self._target or self._bound()
         if target is None:
-            return self._later(lambda at, call, payload: self._route(at, call, payload, sess_id), args, kwargs)
+
+            def send(at: Target, call: Call, payload: Payload) -> None:
+                self._route(at, call, payload, sess_id, self._say(args, kwargs))
+
+            return self._later(send, args, kwargs)
         if sess_id is None and active_sessions.get():
             sess_id = session_of(target.binding)
-        client = target.client
         payload = self._encode(target, args, kwargs)
-        call = Call(loop=client.loop)
-        call.client = client
-        call.reader = self._reader
-        if self._plain and sess_id is None:
-            # The hot path: what `_submit` would do, without asking again what is not there.
-            call.seq = client.link.submit(target.id, payload, call)
-            if not client.flush_due:
-                client.touch()
-        else:
-            call.seq = 0
-            self._submit(target, call, payload, sess_id, sess_id)
+        said = self._say(args, kwargs)
+        call = target.client.new_call()
+        self._route(target, call, payload, sess_id, said)
         return call
 
-    def _route(self, target: Target, call: Call, payload: Payload, session: str | None) -> None:
-        call.reader = self._reader
-        self._submit(target, call, payload, session, session)
+    def _route(self, target: Target, call: Call, payload: Payload, session: str | None, said: Said) -> None:
+        self._submit(target, (call, self._reader), payload, session, session, None, said)
 
     def fanout(self, *args: Any, **kwargs: Any) -> Answer:
         """Call every healthy replica; awaiting it gives their values in replica order. Sessions play no part.
@@ -226,19 +271,19 @@ class ServiceEndpoint(_Endpoint):
         if target is None:
             return self._later(self._fanout, args, kwargs)
         payload = self._encode(target, args, kwargs)
-        call = target.client.new_call(self._fan_reader)
+        call = target.client.new_call()
         self._fanout(target, call, payload)
         return call
 
     def _fanout(self, target: Target, call: Call, payload: Payload) -> None:
         client = target.client
-        call.reader = self._fan_reader
-        extras = self._extras(None, None)
-        call.seq = client.link.fanout(target.id, payload, call, extras)
+        reader = self._fan_reader
         if target.replay_last:
-            call.replay = partial(target.binding.keep_replay, target.id, payload)
+            reader = reader.replaying(partial(target.binding.keep_replay, target.id, payload))
+        extras = self._extras(None, None)
+        seq = client.link.fanout(target.id, payload, (call, reader), extras)
         if extras is not None and extras.deadline is not None and self._timeout is not None:
-            client.guard(call.seq, extras.deadline, self._timeout)
+            client.guard(seq, extras.deadline, self._timeout)
         client.touch()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -268,13 +313,13 @@ class ActorEndpoint(_Endpoint):
         if target is None:
             return self._later(lambda at, call, payload: self._send(at, call, payload, mesh, rank), args, kwargs)
         payload = self._encode(target, args, kwargs)
-        call = target.client.new_call(self._mesh if mesh else self._one)
+        call = target.client.new_call()
         self._send(target, call, payload, mesh, rank)
         return call
 
     def _send(self, target: Target, call: Call, payload: Payload, mesh: bool, rank: int | None) -> None:
-        call.reader = self._mesh if mesh else self._one
-        self._submit(target, call, payload, None, target.binding.service, rank)
+        reader = self._mesh if mesh else self._one
+        self._submit(target, (call, reader), payload, None, target.binding.service, rank)
 
     def call(self, *args: Any, **kwargs: Any) -> Answer:
         """Call every rank; awaiting it gives a ValueMesh over the ranks. Raises the first rank's exception."""

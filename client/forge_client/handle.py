@@ -14,10 +14,10 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from forge_client.actor import ForgeActor, check_actor_class, endpoints_of, exports_sessions, origin_of
-from forge_client.binding import Binding
+from forge_client.batching import Batching
+from forge_client.binding import Binding, Target
 from forge_client.call import Call
 from forge_client.connection import current_client
-from forge_client.replies import Reader
 from forge_client.signature import Matcher
 from forge_client.spec import describe
 from forge_contract.config import ServiceConfig
@@ -131,6 +131,14 @@ class Handle:
             return Matcher.of(endpoints_of(self._origin.cls)[endpoint][0])
         return Matcher.from_wire((self._origin.description.get("signatures") or {}).get(endpoint))
 
+    def batching(self, target: Target) -> Batching | None:
+        """What calls of an endpoint say to be batched; None where nothing is."""
+        options = target.options
+        if self.kind != "service" or options.get("batch_size", 1) <= 1:
+            return None
+        known = endpoints_of(self._origin.cls)[target.name][1] if isinstance(self._origin, Plan) else None
+        return Batching(target.label, options, known, target.matcher)
+
     def _check_names(self, names: Any) -> None:
         taken = [name for name in names if hasattr(type(self), name) or name.startswith("_")]
         if taken:
@@ -201,9 +209,7 @@ class Handle:
 
     def later(self, submit: Callable[[Call, Binding], None]) -> Call:
         """A call to be submitted as soon as the handle is bound, which begins now at the latest."""
-        call = Call(loop=asyncio.get_running_loop())
-        call.reader = Reader(self.name)
-        call.seq = 0
+        call: Call = asyncio.get_running_loop().create_future()
         self._late.append((call, submit))
         self._start()
         return call

@@ -112,7 +112,8 @@ class ClientLink(PeerLink):
         self._close_runs()
 
     def _close_runs(self) -> None:
-        self._open: dict[int, Run] = {}
+        self._open: dict[int, Run] = {}  # endpoint → where its last call went
+        self._shaped: dict[tuple[int, int], Run] = {}  # endpoint, call shape (B2) → the same
         self._last: dict[Hashable, int] = {}
 
     # What the client says.
@@ -124,31 +125,42 @@ class ClientLink(PeerLink):
         waiter: Any,
         extras: Extras | None = None,
         order: Hashable | None = None,
+        shape: int = 0,
     ) -> int:
-        """Call an endpoint once; returns the sequence number. Raises Overloaded when the link's credit is used up."""
+        """Call an endpoint once; returns the sequence number. `shape`: see `batching`. Raises Overloaded when the link's
+        credit is used up."""
         size = len(payload) if type(payload) is bytes else payload_bytes(payload)
         self._turn_bytes += size
         if self._turn_bytes + self.channel.kept_bytes > self.link_bytes:
             self._refuse_or_bear(size)
         self._sequence = seq = self._sequence + 1
         run = self._open.get(endpoint)
-        if (
-            run is None
-            or len(run.seqs) == CALLS_A_MESSAGE
-            or (order is not None and self._last.get(order, 0) > run.place)
-        ):
-            run = self._open[endpoint] = Run(CALLS, endpoint, len(self._turn))
-            self._turn.append(run)
+        if run is None or len(run.seqs) == CALLS_A_MESSAGE or run.shape != shape:
+            run = self._run_of(endpoint, shape)
         if order is not None:
+            if self._last.get(order, 0) > run.place:
+                run = self._new_run(endpoint, shape)
             self._last[order] = run.place
-        if extras is not None and run.extras is None:
-            run.extras = [None] * len(run.seqs)
-        if run.extras is not None:
-            run.extras.append(extras)
+        if extras is not None or run.extras is not None:
+            run.add_extras(extras)
         run.seqs.append(seq)
         run.payloads.append(payload)
         self.unanswered[seq] = waiter
         return seq
+
+    def _run_of(self, endpoint: int, shape: int) -> Run:
+        """Another than the last one. Calls whose shapes take turns are a run for each shape all the same: a message for each
+        call would cost as much as one for hundreds, and what is in different messages the broker does not batch at once."""
+        run = self._shaped.get((endpoint, shape))
+        if run is None or len(run.seqs) == CALLS_A_MESSAGE:
+            return self._new_run(endpoint, shape)
+        self._open[endpoint] = run
+        return run
+
+    def _new_run(self, endpoint: int, shape: int) -> Run:
+        run = self._open[endpoint] = self._shaped[endpoint, shape] = Run(CALLS, endpoint, len(self._turn), shape)
+        self._turn.append(run)
+        return run
 
     def fanout(self, endpoint: int, payload: Payload, waiter: Any, extras: Extras | None = None) -> int:
         """Call an endpoint on every replica that is healthy when the broker reads this."""

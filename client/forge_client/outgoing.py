@@ -28,29 +28,40 @@ class Extras(NamedTuple):
     priority: int = 0
     hints: dict[str, Any] | None = None
     rank: int | None = None
+    key: str | int | bytes | None = None  # see `batching`
+    weight: float | None = None
 
 
 class Run:
-    """Consecutive calls of one endpoint on their way into one message; or one fan-out."""
+    """Consecutive calls of one endpoint, and one shape, on their way into one message; or one fan-out."""
 
-    __slots__ = ("again", "endpoint", "extras", "kind", "payloads", "place", "seqs")
+    __slots__ = ("again", "endpoint", "extras", "kind", "payloads", "place", "seqs", "shape")
 
-    def __init__(self, kind: int, endpoint: int, place: int) -> None:
+    def __init__(self, kind: int, endpoint: int, place: int, shape: int = 0) -> None:
         self.kind = kind
         self.endpoint = endpoint
         self.place = place
+        self.shape = shape
         self.again = False  # said before, to the broker's predecessor
         self.seqs: list[int] = []
         self.payloads: list[Payload] = []
         self.extras: list[Extras | None] | None = None
 
+    def add_extras(self, extras: Extras | None) -> None:
+        """What the call says that is added next; of those before, which said nothing, that they did."""
+        if self.extras is None:
+            self.extras = [None] * len(self.seqs)
+        self.extras.append(extras)
+
     def message(self, outbox: Outbox, now: float) -> Message:
-        sizes = [outbox.attach(payload) for payload in self.payloads]
+        sizes = list(outbox.attach_all(self.payloads))
         columns = _columns(self.extras, now) if self.extras is not None else {}
         if self.kind == FANOUT:
             return [FANOUT, self.endpoint, self.seqs[0], sizes[0], columns]
         if self.again:
             columns["again"] = True
+        if self.shape:
+            columns["shape"] = self.shape
         return [CALLS, self.endpoint, self.seqs, sizes, columns]
 
     def left(self, unanswered: Mapping[int, Any]) -> Run | None:
@@ -62,7 +73,7 @@ class Run:
             return self
         if not wanted:
             return None
-        rest = Run(self.kind, self.endpoint, self.place)
+        rest = Run(self.kind, self.endpoint, self.place, self.shape)
         rest.again = self.again
         rest.seqs = [self.seqs[at] for at in wanted]
         rest.payloads = [self.payloads[at] for at in wanted]
@@ -112,6 +123,8 @@ def _columns(extras: list[Extras | None], now: float) -> dict[str, Any]:
         "priority": [row.priority for row in rows],
         "hints": [row.hints for row in rows],
         "rank": [row.rank for row in rows],
+        "key": [row.key for row in rows],
+        "weight": [row.weight for row in rows],
     }
     # An item that says nothing is nil, and a column of such items is left out; 0 is the default of priority alone.
     return {

@@ -7,7 +7,8 @@ returns the value, or raises what the caller shall see.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import msgpack
@@ -143,10 +144,24 @@ class MeshReader(Reader):
 class FanoutReader(Reader):
     """Of a service's `fanout`: a list in replica order; a replica of several ranks counts once."""
 
-    __slots__ = ("return_exceptions",)
+    __slots__ = ("_every_one_had_it", "return_exceptions")
     return_exceptions: bool
+    _every_one_had_it: Callable[[], None] | None
+
+    def __init__(self, label: str, **how: Any) -> None:
+        super().__init__(label, **how)
+        self.return_exceptions = False
+        self._every_one_had_it = None
+
+    def replaying(self, keep: Callable[[], None]) -> FanoutReader:
+        """A reader of one fan-out that newcomers are to have as well (A11): `keep` is called if every replica has had it."""
+        reader = copy(self)
+        reader._every_one_had_it = keep
+        return reader
 
     def parts(self, trusted: bool, points: list[list[int]], statuses: list[int], payloads: list[Payload]) -> list[Any]:
+        if self._every_one_had_it is not None and all(status == OK for status in statuses):
+            self._every_one_had_it()
         by_replica: dict[int, list[tuple[list[int], int, Payload]]] = {}
         for part in zip(points, statuses, payloads, strict=True):
             by_replica.setdefault(part[0][0], []).append(part)

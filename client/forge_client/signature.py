@@ -58,6 +58,15 @@ class Matcher:
             others = [first, *others]
         return cls(signature.replace(parameters=others))
 
+    def argument(self, name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+        """Finds the argument of this name in a call; None where it was left to its default."""
+        at = self._order.index(name) if name in self._order else _ENDLESS
+
+        def find(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return args[at] if at < len(args) else kwargs.get(name)
+
+        return find
+
     def check(self, endpoint: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises BadCall, with Python's own words, when the call does not fit."""
         if self._signature is None:

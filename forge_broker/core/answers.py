@@ -21,14 +21,14 @@ Part = tuple[int, Payload, bool]
 
 
 class Run:
-    """Ordinary replies to calls of one client, gathered by `Dispatch.replies` so that the books are kept once for all of them. Who adds
+    """Ordinary replies to calls of one client, gathered by `Replies` so that the books are kept once for all of them. Who adds
     one takes the call out of `calls` itself."""
 
     __slots__ = ("bytes", "calls", "client", "payloads", "sequences", "statuses")
 
-    def __init__(self, client: Client | None = None) -> None:
+    def __init__(self, client: Client) -> None:
         self.client = client
-        self.calls = client.calls if client is not None else {}
+        self.calls = client.calls
         self.bytes = 0  # arguments of the calls that are answered
         self.sequences: list[int] = []
         self.statuses: list[int] = []
@@ -65,8 +65,6 @@ class Answers:
     def answer_run(self, run: Run, trusted: bool) -> None:
         """The one reply of each of these."""
         client = run.client
-        if client is None:
-            return
         client.answered += len(run.sequences)
         client.held_bytes -= run.bytes
         self._state.held_bytes -= run.bytes

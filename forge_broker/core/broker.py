@@ -40,6 +40,7 @@ from forge_broker.core.leftovers import Leftovers
 from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.links import Link
 from forge_broker.core.rebuild import Rebuild, is_answered_at_once, is_of_the_past
+from forge_broker.core.replies import Replies
 from forge_broker.core.returns import Returns
 from forge_broker.core.seating import Seating
 from forge_broker.core.sessions import Sessions
@@ -47,7 +48,7 @@ from forge_broker.core.state import State
 from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerState
 from forge_contract import messages
-from forge_contract.channel import Due, Verdict
+from forge_contract.channel import ACK_AFTER_S, Due, Verdict
 from forge_contract.errors import ForgeError, ProtocolError, ServiceStopped
 from forge_contract.framing import Envelope, Payloads, Taken, decode, encode
 from forge_contract.messages import BROKER_NAME
@@ -68,7 +69,8 @@ class Broker:
         self.sessions = Sessions(self.state, answers)
         returns = Returns(self.state, answers)
         self.dispatch = Dispatch(self.state, answers, returns)
-        self.intake = Intake(self.state, answers, returns, self.dispatch)
+        self.replies = Replies(self.state, answers, returns, self.dispatch)
+        self.intake = Intake(self.state, answers, returns, self.dispatch, self.replies)
         self.endings = Endings(self.state, answers, self.sessions)
         self.leftovers = Leftovers(state)
         catalogue, telling = Catalogue(state), Telling(state)
@@ -76,11 +78,14 @@ class Broker:
         self.lifecycle = Lifecycle(
             state, self.dispatch, self.sessions, catalogue, self.seating, telling, self.leftovers
         )
-        self.drains = Drains(self.state, self.lifecycle)
-        self.rebuild = Rebuild(state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch)
+        self.drains = Drains(self.state, self.lifecycle, telling)
+        self.rebuild = Rebuild(
+            state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch, answers, telling
+        )
         self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, telling)
         # Who looks when a time has come. Each is given the entry's key, and looks at what is there now.
         self._due: dict[Kind, Callable[[Any, float], None]] = {
+            Kind.BATCH: self.dispatch.batch_due,
             Kind.CALL: self.endings.expire,
             Kind.HANG: self.lifecycle.hung,
             Kind.KILL: self.lifecycle.kill_overdue,
@@ -150,7 +155,8 @@ class Broker:
         if isinstance(link, Worker):
             link.settle()
         frames = link.pack(now)
-        self._set_timer(link)
+        if link.timer_at > now + ACK_AFTER_S:
+            self._set_timer(link)
         return Send(link.route, frames)
 
     def _settled(self, now: float) -> list[Action]:
@@ -202,7 +208,7 @@ class Broker:
         state = self.state
         # A tool that only looks comes and goes with every `forge status`.
         state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
-        client.gone = True
+        self._left(client)
         self.leftovers.of(client, now)
         if state.claims:
             state.claims = {one: claim for one, claim in state.claims.items() if messages.client_of(one) != client.id}
@@ -215,6 +221,11 @@ class Broker:
                 service.owner = None
                 stopped = ServiceStopped(service=service.name, why=": the client that started it is gone")
                 self.lifecycle.stop_service(service, stopped, now)
+
+    def _left(self, client: Client) -> None:
+        client.gone = True
+        if self.state.window is not None:
+            self.state.window.leaves(client)
 
     # Links.
 
@@ -263,7 +274,8 @@ class Broker:
             if link.state is WorkerState.LOST:
                 self._heard_again(link, now)
             self._from_worker(link, envelope, now)
-        self._set_timer(link)
+        if link.timer_at > now + ACK_AFTER_S:  # nothing of this envelope's is due earlier
+            self._set_timer(link)
 
     def _heard_again(self, worker: Worker, now: float) -> None:
         limit = self.state.config.heartbeat_s * self.state.config.liveness
@@ -348,6 +360,9 @@ class Broker:
                     self.rebuild.client(link, payloads, now)
         except ForgeError as error:
             state.links.pop(envelope.sender, None)
+            if isinstance(link, Client):
+                del state.clients[link.id]
+                self._left(link)
             state.note("warning", "hello refused", sender=envelope.sender, why=str(error))
             self._refuse(route, envelope.epoch, error)
             return
@@ -467,7 +482,7 @@ class Broker:
     def _do_asked(self, everything: list[Asked], now: float) -> None:
         for asked in everything:
             client = asked.client
-            if self.state.links.get(client.name) is not client:
+            if client.gone:
                 continue
             try:
                 self._client_wants(client, asked.message, Taken(asked.payloads), asked.arrived)
@@ -480,7 +495,7 @@ class Broker:
         for message in envelope.body:
             kind = message[0]
             if kind == messages.REPLIES and self.state.window is None:
-                self.dispatch.replies(worker, message, payloads, now)
+                self.replies.take(worker, message, payloads, now)
             elif kind == messages.REPLIES:
                 self.rebuild.replies(worker, message, payloads)
             elif kind == messages.STATES and self.state.window is None:

@@ -32,6 +32,7 @@ class Catalogue:
             # An actor's calls keep their order across its endpoints (A6), so they share a queue.
             queue = shared if service.kind == "actor" else Queue(where)
             service.endpoints.append(Endpoint(service, endpoint_id, method, one, router, queue))
+        service.batches = any(endpoint.batcher is not None for endpoint in service.endpoints)
         for endpoint in service.endpoints:
             same = [one.router for one in service.endpoints if one.queue is endpoint.queue]
             if all(type(router) is RoundRobinRouter for router in same):

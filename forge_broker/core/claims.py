@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from forge_broker.core.clients import Client
 from forge_broker.core.replicas import Replica
+from forge_broker.core.requests import Batch
 from forge_broker.core.services import Replay
 from forge_broker.core.workers import Worker
 from forge_contract.framing import Payload
@@ -21,14 +22,35 @@ Part = tuple[int, Payload, bool]
 class Claim:
     """One attempt of a request, as the ranks of one replica tell of it."""
 
-    __slots__ = ("attempt", "parts", "replica", "reserved", "running")
+    __slots__ = ("attempt", "batch", "parts", "replica", "reserved", "running")
 
     def __init__(self, replica: Replica, attempt: int) -> None:
         self.replica = replica
         self.attempt = attempt
         self.running: dict[int, Worker] = {}  # by rank
         self.parts: dict[int, Part] = {}  # of ranks that have ended it
+        self.batch: Batch | None = None  # that it runs in; `open` counts those with room reserved
         self.reserved = False  # its room is taken already
+
+    def reserve(self) -> bool:
+        """Take its room, if there is: one unit, or a share in its batch's."""
+        pool, batch = self.replica.pool, self.batch
+        shares = batch is not None and batch.open > 0
+        if pool is None or not (shares or self.replica.has_room):
+            return False
+        if not shares:
+            pool.took(self.replica)
+        if batch is not None:
+            batch.open += 1
+        self.reserved = True
+        return True
+
+    def give_up(self) -> None:
+        """Nobody waits for it: what room was reserved for it is free."""
+        room = 1 if self.batch is None else self.batch.ended(1)
+        if room and self.replica.pool is not None:
+            self.replica.pool.gave(self.replica, room)
+        self.reserved = False
 
 
 class Asked:
@@ -59,8 +81,8 @@ class Window:
     def __init__(self, until: float) -> None:
         self.until = until
         self.claims: dict[int, Claim] = {}  # by request
-        # (service, session) → where it lives, and when it was used there last, on the broker's clock.
-        self.homes: dict[tuple[int, str], tuple[Replica, float]] = {}
+        # (service, session) → who says to hold it, and when it was used there last, on the broker's clock.
+        self.homes: dict[tuple[int, str], dict[Replica, float]] = {}
         self.states: dict[tuple[int, str, int], tuple[Payload, bool]] = {}  # checkpoints by replica idx, with the stamp
         self.sessions: list[Declared] = []
         self.replays: list[tuple[int, Replay]] = []  # by endpoint, of clients that sent the last fan-out
@@ -69,11 +91,27 @@ class Window:
         self.asked: list[Asked] = []
         self.asked_bytes = 0
 
+    def leaves(self, client: Client) -> None:
+        """It is gone again, or was refused: what it declared has nobody."""
+        self.declared = {service: owner for service, owner in self.declared.items() if owner is not client}
+        self.sessions = [one for one in self.sessions if one.client is not client]
+
     def settles(self, service: int, session: str, replica: Replica, used_at: float) -> None:
-        """A replica holds this session. A zombie may, too: who was used last is where it lives."""
-        known = self.homes.get((service, session))
-        if known is None or known[1] < used_at:
-            self.homes[service, session] = replica, used_at
+        """A replica holds this session. A zombie may, too."""
+        self.homes.setdefault((service, session), {})[replica] = used_at
+
+    def home(self, service: int, session: str) -> Replica | None:
+        """Where a session lives: of those that hold it, who was used last."""
+        held = self.homes.get((service, session))
+        return max(held, key=held.__getitem__) if held else None
+
+    def outdates(self, replica: Replica) -> None:
+        """A newer epoch of it is there. Who spoke for the older one was lost to our predecessor, which moved its sessions; that a stopped
+        process took up its last calls when it was let go on is no use that counts."""
+        for held in self.homes.values():
+            held.pop(replica, None)
+        lost = (replica.service.id, replica.idx)
+        self.states = {key: state for key, state in self.states.items() if (key[0], key[2]) != lost}
 
     def claim(self, request: int, replica: Replica, attempt: int) -> Claim | None:
         """The claim of this attempt; None when a later attempt is known."""

@@ -11,11 +11,12 @@ from typing import Any
 from forge_broker.core.requests import Request
 from forge_contract.errors import ProtocolError
 from forge_contract.framing import Payload, Payloads
-from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED, spread
+from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED
 
-_COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "shape", "again"})
+BATCHING = ("shape", "key", "weight")  # what a batch is made by, with `batcher.PLAIN` where nothing is said
+_COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "again", *BATCHING})
 _STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED})
-_NOT_FIELDS = frozenset({"timeout", "shape", "again"})
+_NOT_FIELDS = frozenset({"timeout", "again", *BATCHING})
 
 
 def fill(request: Request, columns: dict[str, Any], at: int) -> None:
@@ -28,6 +29,15 @@ def fill(request: Request, columns: dict[str, Any], at: int) -> None:
             setattr(request, name, value)
 
 
+def batching(columns: dict[str, Any], at: int) -> tuple[int, Any, float] | None:
+    """Shape, key and weight of one item; None when it says none of them."""
+    found = [columns.get(name) for name in BATCHING]
+    shape, key, weight = (values[at] if isinstance(values, list) else values for values in found)
+    if shape is None and key is None and weight is None:
+        return None
+    return shape or 0, key, 1.0 if weight is None else weight
+
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "timeout": (float, int),
     "session": (str,),
@@ -35,6 +45,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "hints": (dict,),
     "rank": (int,),
     "shape": (int,),
+    "key": (str, int, bytes),
+    "weight": (float, int),
     "again": (bool,),
 }
 
@@ -60,6 +72,8 @@ def read_calls(message: list[Any]) -> tuple[int, list[int], list[int], dict[str,
             raise ProtocolError(f"CALLS with a {name} of another type")
         if name == "timeout" and any(value is not None and math.isnan(value) for value in many):
             raise ProtocolError("CALLS with a timeout that is no number")  # nan would never be due, nor let others be
+        if name == "weight" and not all(value is None or 0 <= value < math.inf for value in many):
+            raise ProtocolError("CALLS with a weight that is none")
     priority = columns.get("priority")
     if priority is not None and not all(
         -100 <= (one or 0) <= 100 for one in (priority if isinstance(priority, list) else [priority])
@@ -68,8 +82,15 @@ def read_calls(message: list[Any]) -> tuple[int, list[int], list[int], dict[str,
     return endpoint, sequences, sizes, columns
 
 
-def read_replies(message: list[Any]) -> tuple[int, list[int], list[int], list[int], list[int]]:
-    """The fields of REPLIES, checked, every column an array. Raises ProtocolError."""
+def read_fanout(message: list[Any]) -> tuple[int, list[int], list[int], dict[str, Any]]:
+    """The fields of FANOUT as those of CALLS with one item (PROTOCOL.md §7). Raises ProtocolError."""
+    return read_calls(
+        [message[0], message[1], [message[2]], [message[3]], message[4]] if len(message) == 5 else message
+    )
+
+
+def read_replies(message: list[Any]) -> tuple[int, list[int], int | list[int], int | list[int], list[int]]:
+    """The fields of REPLIES, checked: epoch, ids, attempts, statuses, sizes. Raises ProtocolError."""
     if len(message) != 6:
         raise ProtocolError(f"REPLIES has {len(message)} fields instead of 6")
     _, epoch, ids, attempts, statuses, sizes = message
@@ -80,7 +101,12 @@ def read_replies(message: list[Any]) -> tuple[int, list[int], list[int], list[in
             raise ProtocolError("REPLIES with columns that do not match")
     if not (_STATUSES.issuperset(statuses) if isinstance(statuses, list) else statuses in _STATUSES):
         raise ProtocolError("REPLIES with an unknown status")
-    return epoch, ids, spread(attempts, len(ids)), spread(statuses, len(ids)), sizes
+    return epoch, ids, attempts, statuses, sizes
+
+
+def part(column: int | list[int], start: int, end: int) -> list[int]:
+    """The values of items `start` to `end`."""
+    return column[start:end] if isinstance(column, list) else [column] * (end - start)
 
 
 def read_states(message: list[Any], payloads: Payloads) -> tuple[list[str], list[Payload]]:

@@ -1,46 +1,31 @@
-"""Calls on their way: routed, dispatched, answered, and given back when a replica goes. This is the hot path, and all decisions on it.
+"""Calls on their way to a replica: routed, dispatched, and taken back when it goes. This is the hot path, and all decisions on it.
 
-`intake` hands in what clients call, `broker` what workers reply; `lifecycle` tells when a replica has room for the first time
-(`pump`) and when it is lost (`release`). Routers decide where; the ledger remembers; we carry over. What becomes of calls that come back
-unanswered is for `returns` to say.
+`intake` hands in what clients call; `replies` (room is free again) and `lifecycle` (a replica has come) call `pump`, and `lifecycle` tells
+when one is lost (`release`). Routers decide where; the ledger remembers; we carry over. What becomes of calls that come back unanswered
+is for `returns` to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import groupby
+from math import inf
 from operator import attrgetter
 from typing import Any
 
-from forge_broker.core.answers import Answers, Run, packed
-from forge_broker.core.columns import read_replies
+from forge_broker.core.answers import Answers
+from forge_broker.core.batcher import Lane, next_of
+from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
-from forge_broker.core.replicas import ALONE, LEAVING, Replica
-from forge_broker.core.requests import Request
+from forge_broker.core.queues import Queue
+from forge_broker.core.replicas import ALONE, Replica
+from forge_broker.core.requests import Batch, Request, Slice
 from forge_broker.core.returns import Returns
 from forge_broker.core.services import Endpoint, Service, Session
 from forge_broker.core.state import State
 from forge_broker.core.workers import Worker
-from forge_contract.errors import (
-    CallCancelled,
-    ForgeError,
-    NoHealthyReplicas,
-    ProtocolError,
-    RouterError,
-    SessionLost,
-)
-from forge_contract.framing import Payload, Payloads
-from forge_contract.messages import (
-    DROPPED,
-    FAILED,
-    IMPORT,
-    OK,
-    SEQUENCE_MASK,
-    UNTOUCHED,
-    show_request,
-)
-
-METRICS_EVERY_S = 1.0
+from forge_contract.errors import ForgeError, NoHealthyReplicas, ProtocolError, RouterError, SessionLost
+from forge_contract.messages import IMPORT, show_request
 
 
 class Dispatch:
@@ -57,39 +42,45 @@ class Dispatch:
         Called at the end of every envelope that brought calls or freed room, and when a replica becomes healthy. The head of a queue is
         1. of a replica's own queue: dispatched if that replica has room, else the queue leaves the rotation until it has;
         2. of a session without a replica: its replica is chosen and pinned, and it joins that replica's own queue;
-        3. any other: the endpoint's router chooses; a full choice parks the call in that replica's queue.
+        3. of a batcher's lane: if it is ripe, a batch is taken and the endpoint's router chooses for all of it, else the lane leaves the
+           rotation until it is;
+        4. any other: the endpoint's router chooses; a full choice parks the call in that replica's queue.
         """
         pool = service.pool
         ready = service.ready
-        unpinned = service.unpinned
         if service.cell is not None or service.suspects.length:
             self._isolate(service, now)
         while ready and pool.roomy:
             queue = ready[0]
-            owner = queue.replica
-            if not queue.length or (owner is not None and not owner.has_room):
+            if not queue.length or not self._take_turn(queue, service, len(ready) == 1, now):
                 queue.waiting = False
                 ready.popleft()
-                continue
-            alone = len(ready) == 1
-            if owner is not None:
-                self._dispatch_mixed(queue.take(owner.limit - owner.active if alone else 1), owner, now)
-            elif queue is unpinned:
-                request = queue.pop()
-                replica = self._replica_of_session(service, request, now)
-                if replica is not None:
-                    # Even with room: an older call of its session may be parked there, and must not be overtaken.
-                    replica.parked.push(request)
-                    service.wake(replica.parked)
-            elif alone and queue.deal is not None:
-                for replica, count in queue.deal(pool, queue.length):
-                    self._dispatch_mixed(queue.take(count), replica, now)
-            else:
-                self._route(queue.pop(), service, now)
-            if len(ready) > 1:
+            elif len(ready) > 1:
                 ready.rotate(-1)
         if not pool.members:
             self._await_replica(service, now)
+
+    def _take_turn(self, queue: Queue, service: Service, alone: bool, now: float) -> bool:
+        """One turn of a queue that has something, while somebody has room. False: it has nothing to give for now. `alone`: no other queue
+        waits for its turn, so that it may give more than one call."""
+        owner = queue.replica
+        if owner is not None:
+            return owner.has_room and self._serve_parked(queue, owner, alone, now)
+        if isinstance(queue, Lane):
+            return self._flush(queue, service, now)
+        if queue is service.unpinned:
+            request = queue.pop()
+            replica = self._replica_of_session(service, request, now)
+            if replica is not None:
+                # Even with room: an older call of its session may be parked there, and must not be overtaken.
+                replica.parked.push(request)
+                service.wake(replica.parked)
+        elif alone and queue.deal is not None:
+            for replica, count in queue.deal(service.pool, queue.length):
+                self._dispatch_mixed(queue.take(count), replica, now)
+        else:
+            self._route(queue.pop(), service, now)
+        return True
 
     def _isolate(self, service: Service, now: float) -> None:
         """A suspect runs alone (F4): a replica is kept free for it, gets it when it has ended everything else, and is opened again when
@@ -125,10 +116,9 @@ class Dispatch:
 
     def _home_of_suspect(self, service: Service) -> Replica | None:
         """Where the session of the first suspect lives, if it has one that does: it may run there already."""
-        for request in service.suspects:
-            idx = None if request.session is None else service.pins.get(request.session)
-            return None if idx is None else service.replicas[idx]
-        return None
+        suspect = service.suspects.first()
+        idx = None if suspect is None or suspect.session is None else service.pins.get(suspect.session)
+        return None if idx is None else service.replicas[idx]
 
     def route_all(self, requests: list[Request], endpoint: Endpoint, now: float) -> int:
         """Stateless calls of one endpoint, from the first on while somebody has room: how many found a replica."""
@@ -150,14 +140,101 @@ class Dispatch:
     def _route(self, request: Request, service: Service, now: float) -> None:
         """A stateless call, while somebody has room: where the router says."""
         replica = self._choose(request.endpoint.router, request, request.hints, now)
-        if replica is None:
-            return  # the router failed it
-        if service.pool.roomy >> replica.idx & 1:
+        if isinstance(replica, RouterError):
+            self._answers.fail(request, replica)
+        elif service.pool.roomy >> replica.idx & 1:
             self._dispatch([request], replica, now)
-        elif replica.parked.length >= service.config.max_queued_requests:
-            self._answers.fail(request, self._answers.overloaded(request.endpoint))
         else:
-            replica.parked.push(request)
+            self._park([request], replica)
+
+    def _park(self, requests: list[Request], replica: Replica) -> None:
+        """The router wants that replica, which has no room."""
+        limit = replica.service.config.max_queued_requests
+        for request in requests:
+            if replica.parked.length >= limit:
+                self._answers.fail(request, self._answers.overloaded(request.endpoint))
+            else:
+                replica.parked.push(request)
+
+    # Batches.
+
+    def _flush(self, lane: Lane, service: Service, now: float) -> bool:
+        """A batch of this lane leaves, if it is ripe: one decision of the router for all (B2), by the hints of the first."""
+        reason = lane.ripe(now)
+        if not reason:
+            self._look_again(service, lane, lane.flush_at)
+            return False
+        batch = lane.batch()
+        if reason == "size" and len(batch) < lane.batcher.size:
+            reason = "weight"  # enough calls wait, but the next is too heavy
+        self._tell(batch, lane, reason, now)
+        first = batch[0]
+        replica = self._choose(first.endpoint.router, first, first.hints, now)
+        if isinstance(replica, RouterError):
+            for request in batch:
+                self._answers.fail(request, replica)
+        elif service.pool.roomy >> replica.idx & 1:
+            self._dispatch_batch(batch, replica, now)
+        else:
+            self._park(batch, replica)
+        return True
+
+    def batch_due(self, key: tuple[Service, Queue], now: float) -> None:
+        """A batch may be to leave."""
+        service, queue = key
+        queue.timer_at = inf
+        service.wake(queue)
+        self.pump(service, now)
+
+    def _serve_parked(self, queue: Queue, owner: Replica, alone: bool, now: float) -> bool:
+        """What waits for this replica, which has room. False: it waits for company."""
+        service: Service = owner.service
+        if not service.batches:
+            self._dispatch_mixed(queue.take(owner.limit - owner.active if alone else 1), owner, now)
+            return True
+        requests, lane, reason, again = next_of(queue, now)
+        if not requests:
+            self._look_again(service, queue, again)
+            return False
+        for request in requests:
+            queue.remove(request)
+        if lane is None:
+            self._dispatch(requests, owner, now)
+        else:
+            if requests[0].session is not None:  # else it was counted when it came here
+                self._tell(requests, lane, reason, now)
+            self._dispatch_batch(requests, owner, now)
+        return True
+
+    def _tell(self, batch: list[Request], lane: Lane, reason: str, now: float) -> None:
+        """Why this batch leaves (B3): a figure, and where it is less than full a line in the story of each of its calls (C5). What a
+        batch is full by, and an eager one, are the ordinary path."""
+        batcher, waited_s = lane.batcher, now - batch[0].queued_at
+        batcher.stats.left(reason, len(batch), waited_s)
+        if reason in ("timeout", "deadline"):
+            text = f"left in a batch of {len(batch)} (of {batcher.size}) {waited_s * 1000:.1f} ms after its first call: {reason}"
+            for request in batch:
+                self._state.story.tell(now, show_request(request.id), text)
+
+    def _look_again(self, service: Service, queue: Queue, when: float) -> None:
+        if when < queue.timer_at:
+            queue.timer_at = when
+            self._state.deadlines.add(when, Kind.BATCH, (service, queue))
+
+    def _dispatch_batch(self, requests: list[Request], replica: Replica, now: float) -> None:
+        """Calls that run together on a replica with room for one more (B2)."""
+        batch = Batch(0)
+        requests = self._enter(requests, replica, now)
+        batch.open = len(requests)
+        if not requests:
+            return
+        replica.pool.took(replica, 1)  # type: ignore[union-attr]  # it has room, so it is in a pool
+        for request in requests:
+            request.batch = batch
+            request.parts = {} if len(replica.ranks) > 1 else None
+        for worker in replica.ranks:
+            worker.add_batch(requests, requests[0].endpoint)
+            self._state.deliver(worker)
 
     def _replica_of_session(self, service: Service, request: Request, now: float) -> Replica | None:
         session: Session = service.sessions[request.session or ""]
@@ -171,8 +248,10 @@ class Dispatch:
             return service.replicas[idx]
         hints = {**session.hints, **request.hints} if request.hints else session.hints
         replica = self._choose(request.endpoint.pins_with, request, hints, now)
-        if replica is not None:
-            self._move_in(service, session, replica)
+        if isinstance(replica, RouterError):
+            self._answers.fail(request, replica)
+            return None
+        self._move_in(service, session, replica)
         return replica
 
     def _move_in(self, service: Service, session: Session, replica: Replica) -> None:
@@ -187,8 +266,8 @@ class Dispatch:
             worker.post([IMPORT, session.id, kept.trusted, worker.outbox.attach(kept.payload)])
             self._state.deliver(worker)
 
-    def _choose(self, router: Any, request: Request, hints: dict[str, Any] | None, now: float) -> Replica | None:
-        """Ask the router. Whatever it does wrong fails this call and nothing else (R3)."""
+    def _choose(self, router: Any, request: Request, hints: dict[str, Any] | None, now: float) -> Replica | RouterError:
+        """Ask the router. Whatever it does wrong fails this call, or its batch, and nothing else (R3)."""
         endpoint: Endpoint = request.endpoint
         service = endpoint.service
         pool = service.pool
@@ -204,8 +283,7 @@ class Dispatch:
                 return chosen
             why = f"returned {chosen!r:.100}, which is none of the healthy replicas"
         self._state.story.tell(now, show_request(request.id), f"router {router!r} {why}")
-        self._answers.fail(request, RouterError(router=repr(router), endpoint=endpoint.full_name, why=why))
-        return None
+        return RouterError(router=repr(router), endpoint=endpoint.full_name, why=why)
 
     def _dispatch_mixed(self, requests: list[Request], replica: Replica, now: float) -> None:
         """Those of a queue that endpoints share, in order."""
@@ -214,8 +292,19 @@ class Dispatch:
 
     def _dispatch(self, requests: list[Request], replica: Replica, now: float) -> None:
         """Calls of one endpoint to a replica with room for them; the books are kept once for all."""
-        state = self._state
-        held = state.ledger.held[replica.key]
+        requests = self._enter(requests, replica, now)
+        replica.pool.took(replica, len(requests))  # type: ignore[union-attr]  # it has room, so it is in a pool
+        if len(replica.ranks) == 1:
+            self._send(requests, replica.ranks[0], now)
+            return
+        for request in requests:
+            request.parts = {}
+            for worker in replica.ranks_for(request.rank):
+                self._send([request], worker, now)
+
+    def _enter(self, requests: list[Request], replica: Replica, now: float) -> list[Request]:
+        """Into the ledger, all but those whose id is in use there."""
+        held = self._state.ledger.held[replica.key]
         keys = [request.id for request in requests]
         if not held.keys().isdisjoint(keys):
             requests = [request for request in requests if not self._reuses(request, held)]
@@ -227,14 +316,7 @@ class Dispatch:
         held.update(zip(keys, requests, strict=True))
         if requests and requests[0].endpoint.hang_timeout_s is not None:
             self.watch(replica, requests[0].endpoint, now)
-        replica.pool.took(replica, len(keys))  # type: ignore[union-attr]  # it has room, so it is in a pool
-        if len(replica.ranks) == 1:
-            self._send(requests, replica.ranks[0], now)
-            return
-        for request in requests:
-            request.parts = {}
-            for worker in replica.ranks_for(request.rank):
-                self._send([request], worker, now)
+        return requests
 
     def watch(self, replica: Replica, endpoint: Endpoint, now: float) -> None:
         """Look after the calls of an endpoint with a `hang_timeout_s`: one entry for all that this replica runs of it. It looks at the
@@ -244,128 +326,49 @@ class Dispatch:
             replica.hang_watches.add(endpoint.id)
             self._state.deadlines.add(now + limit_s, Kind.HANG, (replica, endpoint))
 
+    def slice(
+        self,
+        ids: list[int],
+        sizes: list[int],
+        packed: bytes,
+        client: Client,
+        endpoint: Endpoint,
+        replica: Replica,
+        now: float,
+        *,
+        shape: int | None = None,
+    ) -> None:
+        """New calls with nothing but small arguments to a replica of one rank with room for them, held as one (C2). `shape`: they are a
+        batch, of calls of that shape."""
+        state = self._state
+        held = state.ledger.held[replica.key]
+        one = Slice(ids, sizes, packed, client, endpoint, replica, held, now)
+        room = len(ids)
+        if shape is not None:
+            one.batch, one.batching = Batch(room), (shape, None, 1.0)
+            room = 1
+        stands = dict.fromkeys(ids, one)
+        held.update(stands)
+        client.calls.update(stands)
+        if endpoint.hang_timeout_s is not None:
+            self.watch(replica, endpoint, now)
+        replica.pool.took(replica, room)  # type: ignore[union-attr]  # it has room, so it is in a pool
+        worker = replica.ranks[0]
+        worker.add_slice(ids, sizes, packed, client.trusted, endpoint, batch=shape is not None)
+        state.deliver(worker)
+
     def _send(self, requests: list[Request], worker: Worker, now: float) -> None:
         if requests:
             worker.add_dispatch(requests, requests[0].endpoint, now)
             self._state.deliver(worker)
 
-    def _reuses(self, request: Request, held: dict[int, Request]) -> bool:
+    def _reuses(self, request: Request, held: dict[int, Request | Slice]) -> bool:
         """An id used again while the replica still ends the call that had it: fencing could not tell the two apart."""
         if request.id not in held:
             return False
         why = f"id {show_request(request.id)} is still in use by a call that was given up"
         self._answers.fail(request, ProtocolError(why))
         return True
-
-    # From workers.
-
-    def replies(self, worker: Worker, message: list[Any], payloads: Payloads, now: float) -> None:
-        """REPLIES: each is taken out of the ledger or refused (fenced, W3), and the freed room is given away."""
-        epoch, ids, attempts, statuses, sizes = read_replies(message)
-        taken = payloads.take_all(sizes)
-        state = self._state
-        replica: Replica | None = worker.replica
-        if replica is None:
-            state.ledger.fenced += len(ids)
-            return
-        held = state.ledger.held[replica.key]
-        current = epoch == replica.epoch
-        ended = succeeded = 0
-        latency_s = 0.0
-        untouched: list[Request] = []
-        trusted = worker.trusted
-        number = worker.channel.received  # of the envelope that this is in
-        run = Run()  # of ordinary ends, all of one client: nearly always all of them
-        for key, attempt, status, payload in zip(ids, attempts, statuses, taken, strict=True):
-            request = held.get(key)
-            if request is None or request.attempt != attempt or not current:
-                state.ledger.fenced += 1
-                state.story.tell(now, show_request(key), f"refused a reply of attempt {attempt} from {worker.name}")
-                continue
-            if request.parts is not None:
-                if request.rank not in (None, worker.rank):
-                    state.ledger.fenced += 1
-                    continue
-                request.parts[worker.rank] = (status, payload, trusted)
-                if len(request.parts) < (1 if request.rank is not None else len(replica.ranks)):
-                    worker.unsettled.append((number, request, 0))
-                    continue
-                status = UNTOUCHED if any(part[0] == UNTOUCHED for part in request.parts.values()) else status  # noqa: PLW2901
-            del held[key]
-            ended += 1
-            latency_s += now - request.queued_at
-            if request.session is not None and (session := replica.service.sessions.get(request.session)) is not None:
-                session.used_at = now  # a call that ran until now was use until now
-                session.ran = True
-            if request.answered:
-                continue
-            if status == OK:
-                succeeded += 1
-            if status == UNTOUCHED:
-                untouched.append(request)
-            elif request.parts is None and request.gather is None and status != DROPPED:
-                if request.client is not run.client:
-                    self._answers.answer_run(run, trusted)
-                    run = Run(request.client)
-                    worker.unsettled.append((number, request.client, request.client.channel.sent + 1))
-                del run.calls[key]
-                run.bytes += request.size
-                run.sequences.append(key & SEQUENCE_MASK)
-                run.statuses.append(status)
-                run.payloads.append(payload)
-            else:
-                self.ended(request, replica, status, payload, trusted)
-                worker.unsettled.append((number, request, 0))
-        self._answers.answer_run(run, trusted)
-        if not ended:
-            return
-        replica.stats.ended(succeeded, ended - succeeded - len(untouched), latency_s, now)
-        service: Service = replica.service
-        if replica.pool is not None:
-            replica.pool.gave(replica, ended)
-        else:
-            replica.active -= ended
-        if untouched:
-            if replica.pool is not None:
-                if service.cell is replica:
-                    service.cell = None
-                replica.pool.close(replica, LEAVING)  # its worker is leaving: what it got now would come back at once
-            self._returns.take_back(replica, untouched, f"{replica.name} gave it back", now, lost=False)
-        if service.watchers and not service.metrics_at:
-            service.metrics_at = now + METRICS_EVERY_S
-            state.deadlines.add(service.metrics_at, Kind.METRICS, service.id)
-        if replica.parked.length:
-            service.wake(replica.parked)
-        self.pump(service, now)
-
-    def ended(self, request: Request, replica: Replica, status: int, payload: Payload, trusted: bool) -> None:
-        """All ranks that run this call have ended it: answer, or add the part to its fan-out."""
-        parts = request.parts
-        gather = request.gather
-        if parts is None and gather is None:
-            assert status == DROPPED  # `replies` answers the ordinary ones itself
-            why = f"{replica.name} dropped it"
-            self._answers.fail(request, CallCancelled(endpoint=request.endpoint.full_name, why=why))
-            return
-        service: Service = replica.service
-        found = parts or {0: (status, payload, trusted)}
-        if any(part[0] == DROPPED for part in found.values()):
-            dropped = packed(CallCancelled(endpoint=request.endpoint.full_name, why=f"{replica.name} dropped it"))
-            found = {rank: (FAILED, dropped, True) if part[0] == DROPPED else part for rank, part in found.items()}
-        if gather is None and request.rank is not None:
-            self._answers.answer(request, *found[request.rank])
-            return
-        if service.kind == "service" and service.config.return_first_rank_result:
-            wrong = [rank for rank in sorted(found) if found[rank][0] != OK]
-            found = {0: found[wrong[0]] if wrong else found[0]}
-            if gather is None:
-                self._answers.answer(request, *found[0])
-                return
-        points = {(replica.idx, rank): part for rank, part in found.items()}
-        if gather is None:
-            self._answers.answer_parts(request, points)
-        else:
-            self._answers.gathered(gather, replica.idx, points)
 
     # When replicas come and go.
 

@@ -13,9 +13,9 @@ from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.replicas import Replica, ReplicaState
 from forge_broker.core.services import Service
 from forge_broker.core.state import State
+from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerState
 from forge_contract.errors import ConfigError, ForgeError, ServiceStopped, StartFailed
-from forge_contract.messages import ANSWER
 
 
 class Rolling:
@@ -33,9 +33,10 @@ class Rolling:
 
 
 class Drains:
-    def __init__(self, state: State, lifecycle: Lifecycle) -> None:
+    def __init__(self, state: State, lifecycle: Lifecycle, telling: Telling) -> None:
         self._state = state
         self._lifecycle = lifecycle
+        self._telling = telling
         self._leaving: list[tuple[Worker | Replica, Client, int]] = []
         self._rolling: list[Rolling] = []
 
@@ -134,10 +135,9 @@ class Drains:
         self._answer(rolling.client, rolling.number, {"restarted": rolling.done}, error)
 
     def _answer(self, client: Client, number: int, fields: dict[str, Any], error: ForgeError | None = None) -> None:
-        if self._state.links.get(client.name) is not client:
-            return  # who asked is gone
-        client.post([ANSWER, number, error is None, fields if error is None else {"error": error.to_wire()}, 0])
-        self._state.deliver(client)
+        if not client.gone:
+            told = fields if error is None else {"error": error.to_wire()}
+            self._telling.answer(client, number, error is None, told, None)
 
 
 def is_leaving(replica: Replica) -> bool:

@@ -30,14 +30,14 @@ class Endings:
         if len(message) != 2 or not isinstance(message[1], list):
             raise ProtocolError("CANCEL is [18, seqs]")
         for sequence in message[1]:
-            call = client.calls.get(request_id(client.id, sequence)) if type(sequence) is int else None
+            call = client.call(request_id(client.id, sequence)) if type(sequence) is int else None
             if call is not None:
                 self.end_early(call, CallCancelled(endpoint=call.endpoint.full_name, why="its caller gave up"), now)
 
     def expire(self, key: int, now: float) -> None:
         """A call's time may be up; the entry stays in the heap when a call is answered, so look first."""
         client = self._state.clients.get(key >> 40)
-        call = client.calls.get(key) if client is not None else None
+        call = client.call(key) if client is not None else None
         if call is None or call.deadline is None or call.deadline > now:
             return
         queued = isinstance(call, Request) and isinstance(call.holder, Queue)
@@ -53,20 +53,23 @@ class Endings:
 
     def end_early(self, call: Request | Gather, error: ForgeError, now: float) -> None:
         """Answer now; what is queued leaves its queue, what runs is dropped and gives its room back when it has ended (F5)."""
+        self._let_go_all(call, now)
+        self._answers.fail(call, error)
+
+    def _let_go_all(self, call: Request | Gather, now: float) -> None:
         if isinstance(call, Gather):
             for child in call.children.values():
                 self._let_go(child, now)
             call.children.clear()
         else:
             self._let_go(call, now)
-        self._answers.fail(call, error)
 
     def drop_client(self, client: Client, now: float) -> None:
         """The client is gone: nobody waits for any of its calls."""
-        for call in list(client.calls.values()):
-            self.end_early(call, CallCancelled(endpoint=call.endpoint.full_name, why="its client is gone"), now)
-        for service_id, sid in list(client.sessions):
-            self._sessions.close(self._state.services[service_id], sid, "its client is gone", now)
+        for call in client.open_calls():
+            self._let_go_all(call, now)
+            self._answers.settle(call, client)
+        self._sessions.close_all(list(client.sessions), "its client is gone", now)
 
     def _let_go(self, request: Request, now: float) -> None:
         if isinstance(request.holder, Queue):

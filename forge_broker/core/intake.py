@@ -8,11 +8,14 @@ from __future__ import annotations
 from typing import Any, Final
 
 from forge_broker.core.answers import Answers
+from forge_broker.core.batcher import Batcher
 from forge_broker.core.claims import Claim
 from forge_broker.core.clients import Client
-from forge_broker.core.columns import fill, read_calls
+from forge_broker.core.columns import batching, fill, read_calls, read_fanout
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.queues import Queue
+from forge_broker.core.replies import Replies
 from forge_broker.core.requests import Gather, Request
 from forge_broker.core.returns import Returns
 from forge_broker.core.services import Endpoint, Service
@@ -33,32 +36,46 @@ PRUNE_FROM: Final = 10_000  # deadlines; below it, looking for outdated ones is 
 
 
 class Intake:
-    def __init__(self, state: State, answers: Answers, returns: Returns, dispatch: Dispatch) -> None:
+    def __init__(self, state: State, answers: Answers, returns: Returns, dispatch: Dispatch, replies: Replies) -> None:
         self._state = state
         self._answers = answers
         self._returns = returns
         self._dispatch = dispatch
+        self._replies = replies
         self._prune_at = PRUNE_FROM
 
     def calls(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
         """CALLS: accept each item, then see who has room."""
         endpoint_id, sequences, sizes, columns = read_calls(message)
-        taken = payloads.take_all(sizes)
         state = self._state
         endpoint = state.endpoints.get(endpoint_id)
         error = self._refusal(client, endpoint)
         if endpoint is None or error is not None:
+            payloads.take_all(sizes)
             for sequence in sequences:
                 self._answers.reject(
                     client, sequence, error or UnknownService(name=f"of endpoint {endpoint_id}", known=[])
                 )
             return
+        if not sequences:
+            return
+        new = min(sequences) > client.last_sequence and len(set(sequences)) == len(sequences)
+        client.last_sequence = max(client.last_sequence, *sequences)
+        if new and min(sizes) >= 0 and self._held_as_one(endpoint, columns):
+            packed = payloads.take_packed(sizes)
+            shape = columns.get("shape") or 0
+            routed, routed_bytes = self._slices(client, endpoint, sequences, sizes, packed, shape, now)
+            if routed == len(sequences):
+                return
+            sequences, sizes, payloads = sequences[routed:], sizes[routed:], Payloads(packed[routed_bytes:], ())
         base = request_id(client.id, 0)
+        taken = payloads.take_all(sizes)
         calls = client.calls
         queue = endpoint.queue
         service = endpoint.service
         timeout = columns.get("timeout")
-        in_order = "priority" not in columns  # else a later item of this envelope may have to come first
+        # Else a later item of this envelope may have to come first, or with it.
+        in_order = "priority" not in columns and endpoint.batcher is None
         accepted = len(calls)
         held = 0
         stateless: list[Request] = []
@@ -72,6 +89,8 @@ class Intake:
             request = Request(key, client, endpoint, payload, size, now)
             if columns:
                 fill(request, columns, at)
+                if endpoint.batcher is not None:
+                    request.batching = batching(columns, at)
                 if request.rank is not None and not 0 <= request.rank < endpoint.service.config.world:
                     why = f"rank {request.rank} of a mesh of {endpoint.service.config.world}"
                     self._answers.reject(client, sequence, BadCall(endpoint=endpoint.full_name, why=why))
@@ -103,6 +122,55 @@ class Intake:
             self._enqueue(stateless[routed:], endpoint, now)
         self._dispatch.pump(service, now)
 
+    def _held_as_one(self, endpoint: Endpoint, columns: dict[str, Any]) -> bool:
+        """Whether calls of this endpoint may leave at once and whole: they have nothing but arguments, nobody waits before them, there is
+        room, and a share for each replica rather than a choice for each call."""
+        service = endpoint.service
+        batcher = endpoint.batcher
+        if columns and (batcher is None or columns.keys() != {"shape"} or type(columns["shape"]) is not int):
+            return False
+        return bool(
+            endpoint.queue.deal is not None
+            and not service.ready
+            and not endpoint.queue.length
+            and service.pool.roomy
+            and service.config.world == 1
+            and (batcher is None or (not batcher.length and batcher.max_weight >= batcher.size))
+        )
+
+    def _slices(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        sequences: list[int],
+        sizes: list[int],
+        packed: bytes,
+        shape: int,
+        now: float,
+    ) -> tuple[int, int]:
+        """Dispatch these, from the first on while somebody has room, a slice to each replica, or to each batch that is full (C2): how many,
+        and of how many bytes."""
+        at = start = 0
+        base = request_id(client.id, 0)
+        deal, batcher = endpoint.queue.deal, endpoint.batcher
+        assert deal is not None
+        units = len(sequences) if batcher is None else len(sequences) // batcher.size
+        for replica, count in deal(endpoint.service.pool, units):
+            for size in [count] if batcher is None else [batcher.size] * count:
+                end = at + size
+                ids = [base + sequence for sequence in sequences[at:end]]
+                share = sizes[at:end]
+                stop = start + sum(share)
+                kind = None if batcher is None else shape
+                self._dispatch.slice(ids, share, packed[start:stop], client, endpoint, replica, now, shape=kind)
+                at, start = end, stop
+            if batcher is not None:
+                batcher.stats.left("size", batcher.size, 0.0, count)
+        client.accepted += at
+        client.held_bytes += start
+        self._state.held_bytes += start
+        return at, start
+
     def _reclaim(self, request: Request, claim: Claim, now: float) -> None:
         """A call that was sent to our predecessor, and that a replica runs or has ended (F10): it is not run again."""
         replica = claim.replica
@@ -114,7 +182,7 @@ class Intake:
         if all(rank in claim.parts for rank in wanted):
             status, payload, trusted = claim.parts[wanted[0]]
             if request.parts is not None or status == DROPPED:
-                self._dispatch.ended(request, replica, status, payload, trusted)
+                self._replies.ended(request, replica, status, payload, trusted)
             else:
                 self._answers.answer(request, status, payload, trusted)
             for worker in replica.ranks:
@@ -122,6 +190,7 @@ class Intake:
                     worker.unsettled.append((worker.channel.received, request, 0))
         elif claim.reserved and all(rank in claim.parts or rank in claim.running for rank in wanted):
             request.holder = replica
+            request.batch = claim.batch
             self._state.ledger.held[replica.key][request.id] = request
             claim.reserved = False
             self._dispatch.watch(replica, request.endpoint, now)
@@ -129,25 +198,30 @@ class Intake:
             # It may have run in part; the replica is gone, and with it what the others knew.
             request.holder = replica
             self._returns.take_back(replica, [request], "it did not come back to the broker", now, lost=True)
-        if claim.reserved and replica.pool is not None:
-            replica.pool.gave(replica, 1)
+        if claim.reserved:
+            claim.give_up()
 
     def _enqueue(self, requests: list[Request], endpoint: Endpoint, now: float) -> None:
-        """Into the endpoint's queue, as many as its limit allows."""
-        queue = endpoint.queue
-        limit = endpoint.service.config.max_queued_requests
+        """Into the endpoint's queue, or its batchers' lanes, as many as its limit allows."""
+        service, batcher = endpoint.service, endpoint.batcher
+        limit = service.config.max_queued_requests
         for request in requests:
-            if queue.length < limit or self._make_room(endpoint, now):
+            queue = endpoint.queue if batcher is None else batcher.lane_of(request)
+            waiting: Queue | Batcher = queue if batcher is None else batcher
+            if waiting.length >= limit:
+                # This envelope's calls have not been pumped yet: they may leave room.
+                self._dispatch.pump(service, now)
+                if batcher is not None:
+                    queue = batcher.lane_of(request)  # it may have been given up, empty
+            if waiting.length < limit:
                 queue.push(request)
+                service.wake(queue)
             else:
                 self._answers.fail(request, self._answers.overloaded(endpoint))
-        endpoint.service.wake(queue)
 
     def fanout(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
         """FANOUT: the call goes to every replica that is healthy now, once, and nowhere else (A5)."""
-        endpoint_id, (sequence,), (size,), columns = read_calls(
-            [message[0], message[1], [message[2]], [message[3]], message[4]] if len(message) == 5 else message
-        )
+        endpoint_id, (sequence,), (size,), columns = read_fanout(message)
         payload = payloads.take(size)
         state = self._state
         endpoint = state.endpoints.get(endpoint_id)
@@ -167,6 +241,7 @@ class Intake:
         gather = Gather(key, client, endpoint, payload, size, now)
         service.open_replays += endpoint.replay_last
         client.calls[key] = gather
+        client.last_sequence = max(client.last_sequence, sequence)
         client.accepted += 1
         client.held_bytes += size
         state.held_bytes += size
@@ -203,12 +278,6 @@ class Intake:
                 what="the broker", limit_name="max_queue_bytes", limit=config.max_queue_bytes, retry_after_s=0.5
             )
         return None
-
-    def _make_room(self, endpoint: Endpoint, now: float) -> bool:
-        """The queue is at its limit, but this envelope's calls have not been pumped yet: they may leave room."""
-        endpoint.service.wake(endpoint.queue)
-        self._dispatch.pump(endpoint.service, now)
-        return endpoint.queue.length < endpoint.service.config.max_queued_requests
 
     def _set_deadline(self, call: Request | Gather, timeout_s: float | None, now: float) -> None:
         if timeout_s is None:

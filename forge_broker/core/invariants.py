@@ -5,10 +5,14 @@ Each violation is a sentence; all of them are raised together.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import inf
+
+from forge_broker.core.batcher import Lane
 from forge_broker.core.broker import Broker
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaState
-from forge_broker.core.requests import Gather, Request
+from forge_broker.core.requests import Gather, Request, Slice
 from forge_broker.core.workers import WorkerState
 from forge_contract.messages import show_request
 
@@ -30,27 +34,40 @@ def _calls(broker: Broker) -> list[str]:
     state = broker.state
     holders: dict[int, list[str]] = {}
     for service in state.services.values():
-        for queue in service.queues:
-            for request in queue if queue.length else ():
+        for queue in (*service.queues, *(replica.parked for replica in service.replicas.values())):
+            counted = queue.counted()
+            if queue.length != counted:
+                wrong.append(f"{queue!r} has {counted}")
+            if isinstance(queue, Lane) and queue.length and not queue.waiting and queue.timer_at > queue.flush_at:
+                wrong.append(f"{queue!r} is to be flushed at {queue.flush_at}, and looked at at {queue.timer_at}")
+            for request in queue if counted else ():
                 holders.setdefault(id(request), []).append(queue.name)
                 if request.holder is not queue:
                     wrong.append(
                         f"{show_request(request.id)} is in {queue.name} but thinks it is in {request.holder!r}"
                     )
-        for replica in service.replicas.values():
-            for request in replica.parked if replica.parked.length else ():
-                holders.setdefault(id(request), []).append(replica.parked.name)
-    for key, request in state.ledger:
-        holders.setdefault(id(request), []).append(f"ledger of {key}")
-        if not isinstance(request.holder, Replica):
-            wrong.append(f"{show_request(request.id)} is in the ledger but thinks it is in {request.holder!r}")
+    for key, request_id, one in state.ledger:
+        if isinstance(one, Slice):
+            if request_id not in one.left or one.client.calls.get(request_id) is not one:
+                wrong.append(
+                    f"{show_request(request_id)} is in the ledger under {key}, but not in its slice, or not open"
+                )
+            continue
+        holders.setdefault(id(one), []).append(f"ledger of {key}")
+        if not isinstance(one.holder, Replica):
+            wrong.append(f"{show_request(request_id)} is in the ledger but thinks it is in {one.holder!r}")
     held_bytes = 0
     for client in state.clients.values():
         if client.accepted != client.answered + len(client.calls):
             wrong.append(
                 f"{client!r}: accepted {client.accepted}, answered {client.answered}, open {len(client.calls)}"
             )
-        for call in client.calls.values():
+        for key, call in client.calls.items():
+            if isinstance(call, Slice):
+                held_bytes += call.left.get(key, 0)
+                if key not in call.left or state.ledger.held[call.holder.key].get(key) is not call:
+                    wrong.append(f"{show_request(key)} is open, but not in its slice, or not in the ledger")
+                continue
             parts: list[Request] = list(call.children.values()) if isinstance(call, Gather) else [call]
             held_bytes += call.size
             if not parts:
@@ -63,13 +80,6 @@ def _calls(broker: Broker) -> list[str]:
                     wrong.append(f"{show_request(part.id)} is answered and still open")
     if held_bytes != state.held_bytes:
         wrong.append(f"held_bytes is {state.held_bytes}, the open calls hold {held_bytes}")
-    for service in state.services.values():
-        for queue in service.queues:
-            if queue.length != queue.counted():
-                wrong.append(f"{queue!r} has {queue.counted()}")
-        for replica in service.replicas.values():
-            if replica.parked.length != replica.parked.counted():
-                wrong.append(f"{replica.parked!r} has {replica.parked.counted()}")
     return wrong
 
 
@@ -78,14 +88,14 @@ def _replicas(broker: Broker) -> list[str]:
     wrong: list[str] = []
     state = broker.state
     for service in state.services.values():
-        healthy = tuple(sorted(replica.idx for replica in service.replicas.values() if replica.healthy))
+        healthy = tuple(sorted(idx for idx, replica in service.replicas.items() if replica.healthy))
         if service.pool.members != healthy:
             wrong.append(f"{service!r}: the pool has {service.pool.members}, healthy are {healthy}")
         roomy = sum(1 << replica.idx for replica in service.replicas.values() if replica.has_room)
         if service.pool.roomy != roomy:
             wrong.append(f"{service!r}: room {service.pool.roomy:b}, should be {roomy:b}")
         for replica in service.replicas.values():
-            held = len(state.ledger.held[replica.key])
+            held = _units(state.ledger.held[replica.key].values())
             if not held == replica.active <= replica.limit:
                 wrong.append(f"{replica!r} holds {held} in the ledger, active is {replica.active}")
             if replica.state is ReplicaState.HEALTHY and not all(
@@ -94,7 +104,7 @@ def _replicas(broker: Broker) -> list[str]:
                 wrong.append(f"{replica!r} is HEALTHY with ranks {replica.ranks}")
             if replica.parked.length and not replica.healthy and replica.state is not ReplicaState.DRAINING:
                 wrong.append(f"{replica!r} has {replica.parked.length} parked")
-            if replica.parked.length and replica.has_room:
+            if replica.parked.length and replica.has_room and replica.parked.timer_at == inf:
                 wrong.append(f"{replica!r} has room and {replica.parked.length} parked")
         if service.cell is not None and service.cell.state is not ReplicaState.HEALTHY:
             wrong.append(f"{service!r}: suspects are to run on {service.cell!r}")
@@ -102,15 +112,26 @@ def _replicas(broker: Broker) -> list[str]:
             service.cell is not None
             and service.cell.active > 1
             and any(
-                request.deaths == service.config.max_attempts - 1
+                isinstance(request, Request) and request.deaths == service.config.max_attempts - 1
                 for request in state.ledger.held[service.cell.key].values()
             )
         ):
             wrong.append(f"{service!r}: a suspect does not run alone on {service.cell!r}")
-        waiting: list[Queue] = [queue for queue in service.rotation if queue.length]
-        if waiting and service.pool.roomy:
+        # In a lane calls may wait for their batch to be full; one that is full waits for room alone.
+        waiting: list[Queue] = [
+            queue
+            for queue in (service.rotation if service.pool.roomy else ())
+            if queue.length >= (queue.batcher.size if isinstance(queue, Lane) else 1)
+        ]
+        if waiting:
             wrong.append(f"{service!r}: somebody has room, and {waiting} wait")
     return wrong
+
+
+def _units(held: Iterable[Request | Slice]) -> int:
+    """The room these take: one each, one together for those of a batch."""
+    batches = {id(one.batch) for one in held if one.batch is not None}
+    return len(batches) + sum(1 for one in held if one.batch is None)
 
 
 def _sessions(broker: Broker) -> list[str]:

@@ -11,15 +11,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from forge_broker.core.requests import Request
+from forge_broker.core.requests import Request, Slice
 
 
 class Ledger:
-    """In flight: `held[replica.key]` has the requests of one replica by id, in the order of their dispatch. `dispatch` adds and
-    deletes there, once per call; nobody else does."""
+    """In flight: `held[replica.key]` has the requests of one replica by id, in the order of their dispatch; those of a Slice have that
+    instead. `dispatch` adds and deletes there, nobody else does."""
 
     def __init__(self) -> None:
-        self.held: defaultdict[int, dict[int, Request]] = defaultdict(dict)
+        self.held: defaultdict[int, dict[int, Request | Slice]] = defaultdict(dict)
         self.fenced = 0  # replies refused, because their attempt or epoch was not the current one
 
     def __repr__(self) -> str:
@@ -27,11 +27,31 @@ class Ledger:
             f"<Ledger {sum(map(len, self.held.values()))} in flight on {len(self.held)} replicas, {self.fenced} fenced>"
         )
 
+    def of(self, replica: Any) -> list[Request]:
+        """All that the replica holds, in the order of dispatch, one by one."""
+        held = self.held[replica.key]
+        for one in set(held.values()):
+            if type(one) is Slice:
+                one.split()
+        return [one for one in held.values() if type(one) is Request]
+
+    def one(self, replica: Any, key: int) -> Request | None:
+        """A call that the replica holds, by itself."""
+        held = self.held[replica.key]
+        request = held.get(key)
+        if type(request) is Slice:
+            request.split()
+            request = held[key]
+        return request  # type: ignore[return-value]  # split, it is no Slice any more
+
     def release(self, replica: Any) -> list[Request]:
         """All that the replica holds, in the order of dispatch; it holds nothing afterwards."""
-        return list(self.held.pop(replica.key, {}).values())
+        released = self.of(replica)
+        del self.held[replica.key]
+        return released
 
-    def __iter__(self) -> Iterator[tuple[int, Request]]:
+    def __iter__(self) -> Iterator[tuple[int, int, Request | Slice]]:
+        """Replica key, id, and what holds that call."""
         for key, held in self.held.items():
-            for request in held.values():
-                yield key, request
+            for request, one in held.items():
+                yield key, request, one

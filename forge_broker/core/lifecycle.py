@@ -224,15 +224,7 @@ class Lifecycle:
         worker.move(WorkerMove.SILENT)
         state.note("warning", "worker lost", worker=worker.name, why=why)
         state.deadlines.add(now + LOST_KEPT_S, Kind.SILENCE, worker.name)
-        replica: Replica | None = worker.replica
-        worker.replica = None
-        if replica is None or replica.ranks[worker.rank] is not worker:
-            return
-        replica.ranks[worker.rank] = None
-        if replica.state is ReplicaState.DRAINING:
-            self._check_stopped(replica, now)
-        else:
-            self.replica_lost(replica, f"rank {worker.rank}: {why}", [], now)
+        self._leave_seat(worker, why, [], now, blame=True)
 
     def heard_again(self, worker: Worker, now: float) -> None:
         """A worker that was taken for dead lives: what it ran has gone to others, and its replies are fenced."""
@@ -249,7 +241,7 @@ class Lifecycle:
         """A call may have run for `hang_timeout_s`: its replica is lost by it, and of all it ran such calls alone are suspects (F4)."""
         replica, endpoint = watch
         replica.hang_watches.discard(endpoint.id)
-        running = [one for one in self._state.ledger.held[replica.key].values() if one.endpoint is endpoint]
+        running = [one for one in self._state.ledger.of(replica) if one.endpoint is endpoint]
         if not running:
             return
         limit_s: float = endpoint.hang_timeout_s or 0.0
@@ -287,7 +279,12 @@ class Lifecycle:
                 state.slots[gpu] = f"{KEPT}{worker.name}"
                 state.deadlines.add(now + SLOT_KEPT_S, Kind.SLOT, (gpu, state.slots[gpu]))
         state.note("info", "worker gone", worker=worker.name, why=why)
+        self._leave_seat(worker, why, last_lines, now, blame=blame)
+
+    def _leave_seat(self, worker: Worker, why: str, last_lines: list[str], now: float, *, blame: bool) -> None:
+        """A rank is empty: its replica is lost by that, unless it was on its way out."""
         replica: Replica | None = worker.replica
+        worker.replica = None
         if replica is None or replica.ranks[worker.rank] is not worker:
             return
         replica.ranks[worker.rank] = None
@@ -501,8 +498,7 @@ class Lifecycle:
             return
         if any(launch.replica.service is service for launch in state.launches.values()):
             return
-        for sid in list(service.sessions):
-            self._sessions.close(service, sid, "its service is stopped", now)
+        self._sessions.close_all(list(service.sessions.values()), "its service is stopped", now)
         del state.services[service.id]
         del state.names[service.name]
         for endpoint in service.endpoints:

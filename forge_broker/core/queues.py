@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from math import inf
 from typing import Any
 
 from forge_broker.core.requests import Request
@@ -18,7 +19,7 @@ class Queue:
     """`replica`: set when only that replica may take from here. `waiting`: whether the pump has it in its rotation. `deal`: the
     router's answer for many calls at once, where it has one for all calls of this queue (`RoundRobinRouter.deal`)."""
 
-    __slots__ = ("_levels", "_order", "deal", "length", "name", "replica", "waiting")
+    __slots__ = ("_levels", "_order", "deal", "length", "name", "replica", "timer_at", "waiting")
 
     def __init__(self, name: str, replica: Any = None) -> None:
         self.name = name
@@ -26,6 +27,7 @@ class Queue:
         self.waiting = False
         self.deal: Callable[[Pool, int], Iterator[tuple[Any, int]]] | None = None
         self.length = 0
+        self.timer_at = inf  # when the deadline heap will look whether a batch is to leave
         self._levels: dict[int, OrderedDict[int, Request]] = {0: OrderedDict()}
         self._order = [0]  # priorities, highest first
 
@@ -73,6 +75,13 @@ class Queue:
                 level.move_to_end(request.id, last=False)
                 request.holder = self
         self.length += len(requests)
+
+    def first(self) -> Request | None:
+        """Who is next, left where it is."""
+        for priority in self._order:
+            for request in self._levels[priority].values():
+                return request
+        return None
 
     def pop(self) -> Request:
         for priority in self._order:

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from forge_broker.core.answers import Answers
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.claims import Asked, Declared, Window
 from forge_broker.core.clients import Client
-from forge_broker.core.columns import read_replies, read_states
+from forge_broker.core.columns import read_calls, read_fanout, read_replies, read_states
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.links import Link
 from forge_broker.core.placement import Seat
 from forge_broker.core.replicas import Replica, ReplicaState
+from forge_broker.core.requests import Batch
 from forge_broker.core.seating import Seating
 from forge_broker.core.services import Replay, Service, read_spec
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
 from forge_broker.core.status import missing
+from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker
-from forge_contract.errors import Overloaded, ProtocolError, ServiceStopped
+from forge_contract.errors import ForgeError, OutcomeUnknown, Overloaded, ProtocolError, ServiceStopped
 from forge_contract.framing import Payload, Payloads, weigh
-from forge_contract.messages import CALLS, CONTROL, FANOUT, Message, client_of
+from forge_contract.messages import CALLS, CONTROL, FANOUT, Message, client_of, spread
 
 _SIZES: Final = {CALLS: 3, FANOUT: 3, CONTROL: 4}  # where a message of a client names its payloads
 _AT_ONCE: Final = frozenset({"status", "workers", "explain", "dead_list"})
@@ -54,6 +57,8 @@ class Rebuild:
         lifecycle: Lifecycle,
         sessions: Sessions,
         dispatch: Dispatch,
+        answers: Answers,
+        telling: Telling,
     ) -> None:
         self._state = state
         self._catalogue = catalogue
@@ -61,6 +66,8 @@ class Rebuild:
         self._dispatch = dispatch
         self._lifecycle = lifecycle
         self._sessions = sessions
+        self._answers = answers
+        self._telling = telling
 
     def open(self, now: float) -> None:
         state = self._state
@@ -97,8 +104,15 @@ class Rebuild:
             raise ProtocolError("HELLO: holds is a map, with the constructor's arguments as payload")
         wrong = [name for name, kind in wanted.items() if type(held.get(name)) is not kind]
         running, sessions = held.get("running") or [], held.get("sessions") or []
-        if wrong or not all(_is_running(one) for one in running) or not all(map(_is_session, sessions)):
-            raise ProtocolError(f"HELLO: holds with a wrong {', '.join(wrong) or 'running or sessions'}")
+        batches = held.get("batches") or []
+        if (
+            wrong
+            or not all(map(_is_running, running))
+            or not all(map(_is_session, sessions))
+            or type(batches) is not list
+            or not all(map(_is_batch, batches))
+        ):
+            raise ProtocolError(f"HELLO: holds with a wrong {', '.join(wrong) or 'running, batches or sessions'}")
         service = self._service(held["deed"], payloads[0], worker.trusted, now)
         replica = self._replica(service, held["replica"], held["epoch"], now)
         worker.launch = 0  # its number was our predecessor's; to us it is one that somebody else started
@@ -112,6 +126,14 @@ class Rebuild:
             claim = window.claim(request, replica, attempt)
             if claim is not None:
                 claim.running[worker.rank] = worker
+        for ids in batches:
+            claims = [
+                claim for one in ids if (claim := window.claims.get(one)) is not None and claim.replica is replica
+            ]
+            known = next((claim.batch for claim in claims if claim.batch is not None), None)  # as another rank told
+            batch = known or Batch(0)
+            for claim in claims:
+                claim.batch = batch
         for sid, age_s in sessions:
             window.settles(service.id, sid, replica, now - age_s)
 
@@ -168,6 +190,7 @@ class Rebuild:
             for worker in replica.ranks:
                 if worker is not None:
                     self._lifecycle.turn_away(worker, now)
+            self._window().outdates(replica)
             replica.ranks = [None] * len(replica.ranks)
             replica.epoch = epoch
         return replica
@@ -177,8 +200,9 @@ class Rebuild:
     def replies(self, worker: Worker, message: Message, payloads: Payloads) -> None:
         """REPLIES: kept ones, and those of calls that ended meanwhile."""
         epoch, ids, attempts, statuses, sizes = read_replies(message)
+        columns = ids, spread(attempts, len(ids)), spread(statuses, len(ids))
         replica: Replica | None = worker.replica
-        for request, attempt, status, payload in zip(ids, attempts, statuses, payloads.take_all(sizes), strict=True):
+        for request, attempt, status, payload in zip(*columns, payloads.take_all(sizes), strict=True):
             claim = (
                 None if replica is None or epoch != replica.epoch else self._window().claim(request, replica, attempt)
             )
@@ -189,18 +213,44 @@ class Rebuild:
             claim.parts[worker.rank] = (status, payload, worker.trusted)
 
     def lay_aside(self, client: Client, message: Message, payloads: Payloads, now: float) -> None:
-        """Something a client wants. Raises ProtocolError; Overloaded when so much has been asked that it cannot be kept."""
+        """Something a client wants; more than can be kept is refused. Raises ProtocolError."""
         window = self._window()
         named = message[_SIZES[message[0]]] if len(message) > _SIZES.get(message[0], len(message)) else []
         sizes = named if isinstance(named, list) else [named]
         if set(map(type, sizes)) - {int}:
             raise ProtocolError("sizes that are no int")
         taken = payloads.take_all(sizes)
-        window.asked_bytes += sum(len(one) if type(one) is bytes else weigh(one) for one in taken)
-        limit = self._state.config.max_queue_bytes
-        if window.asked_bytes > limit:
-            raise Overloaded(what="the broker", limit_name="max_queue_bytes", limit=limit, retry_after_s=1.0)
+        weight = sum(len(one) if type(one) is bytes else weigh(one) for one in taken)
+        if weight and window.asked_bytes + weight > self._state.config.max_queue_bytes:
+            self._refuse(client, message, now)
+            return
+        window.asked_bytes += weight
         window.asked.append(Asked(client, message, taken, now))
+
+    def _refuse(self, client: Client, message: Message, now: float) -> None:
+        """It cannot be kept until the window ends. Raises ProtocolError for what could not have been answered then either."""
+        state = self._state
+        state.counters["overloaded"] += 1
+        limit = state.config.max_queue_bytes
+        wait_s = max(0.5, self._window().until - now)
+        error: ForgeError = Overloaded(
+            what="the broker, which is recovering,", limit_name="max_queue_bytes", limit=limit, retry_after_s=wait_s
+        )
+        if message[0] == CONTROL:
+            if len(message) != 5 or type(message[1]) is not int:
+                raise ProtocolError("CONTROL is [19, number, op, fields, size]")
+            self._telling.answer(client, message[1], False, {"error": error.to_wire()}, None)
+            return
+        endpoint_id, sequences, _, columns = read_calls(message) if message[0] == CALLS else read_fanout(message)
+        endpoint = state.endpoints.get(endpoint_id)
+        if "again" in columns and (endpoint is None or endpoint.at_most_once):
+            # Our predecessor had it. Who is told Overloaded takes it for not run, and tries again.
+            name = f"endpoint {endpoint_id}" if endpoint is None else endpoint.full_name
+            error = OutcomeUnknown(
+                endpoint=name, why=f"the broker died, and its successor had no room for it ({error})"
+            )
+        for sequence in sequences:
+            self._answers.reject(client, sequence, error)
 
     def states(self, worker: Worker, message: Message, payloads: Payloads) -> None:
         """STATES: checkpoints of sessions whose clients may not be back yet."""
@@ -223,6 +273,7 @@ class Rebuild:
         """Take stock; returns what was laid aside, for `broker` to do now. Claims stay known until it is done."""
         state, window = self._state, self._window()
         state.note("info", "recovered", services=len(state.services), missing=missing(state))
+        state.counters["recovery_unheard"] += len(self._unheard())
         state.window = None
         state.claims = window.claims
         for service_id, owner in window.owners.items():
@@ -246,30 +297,26 @@ class Rebuild:
             claim.running = {
                 rank: worker for rank, worker in claim.running.items() if claim.replica.ranks[rank] is worker
             }
-            if claim.running and claim.replica.has_room:
-                claim.replica.pool.took(claim.replica)  # type: ignore[union-attr]  # it has room, so it is in a pool
-                claim.reserved = True
+            if claim.running:
+                claim.reserve()
         for declared in window.sessions:
             self._reopen(declared, window, now)
-        for (service_id, sid), (home, _) in window.homes.items():
-            if sid not in home.service.sessions or service_id not in state.services:
-                self._forget(sid, home)
+        for (_, sid), held in window.homes.items():
+            for replica in held:
+                if replica.service.pins.get(sid) != replica.idx:
+                    self._forget(sid, replica)
         self._seating.place_pending(now)
         return window.asked
 
     def _reopen(self, declared: Declared, window: Window, now: float) -> None:
         """A session, where it lives. One that was used and that no worker speaks for has lost its state (S3)."""
         service = self._state.services.get(declared.service)
-        if (
-            service is None
-            or service.stopping is not None
-            or self._state.links.get(declared.client.name) is not declared.client
-        ):
+        if service is None or service.stopping is not None:
             return
         self._sessions.open(service, declared.client, declared.session, declared.hints, now)
         session = service.sessions[declared.session]
         session.ran = declared.used
-        home, _ = window.homes.get((service.id, session.id), (None, 0.0))
+        home = window.home(service.id, session.id)
         kept = None if home is None else window.states.get((service.id, session.id, home.idx))
         if kept is not None:
             self._sessions.keep(session, *kept, now)
@@ -282,7 +329,7 @@ class Rebuild:
                 session.lost = "its worker died while the broker was away"
 
     def _forget(self, sid: str, home: Replica) -> None:
-        """Its client has closed it, or is gone: what the worker knows of it must not come up under its id again."""
+        """Its client has closed it, or is gone, or it lives elsewhere: what the worker knows of it must not come up under its id again."""
         for worker in home.ranks:
             if worker is not None:
                 worker.add_forget(sid)
@@ -295,11 +342,20 @@ class Rebuild:
         announced = link.hello.get("holds") or link.hello.get("declares") or {}
         return bool(announced.get("replies") is True or announced.get("waiting"))
 
+    def _unheard(self) -> set[str]:
+        """Who has something to say that bears on what ran, and has not said it: the links that still owe, and the clients that others
+        tell of and that did not come. What they hold or wait for may run a second time."""
+        state, window = self._state, self._window()
+        told_of = {client_of(request) for request in window.claims}
+        told_of |= {owner for service, owner in window.owners.items() if owner and service not in window.declared}
+        absent = {f"client {one}" for one in told_of - set(state.clients)}
+        return absent | {link.name for link in state.links.values() if self._owes(link)}
+
     def settle(self, now: float) -> None:
         """All that was asked has been done: what is still claimed, nobody waits for."""
         for request, claim in self._state.claims.items():
-            if claim.reserved and claim.replica.pool is not None:
-                claim.replica.pool.gave(claim.replica, 1)
+            if claim.reserved:
+                claim.give_up()
                 claim.replica.service.wake(claim.replica.parked)
             for worker in claim.running.values():
                 if self._state.workers.get(worker.name) is worker:
@@ -321,6 +377,10 @@ class Rebuild:
 
 def _is_session(one: Any) -> bool:
     return isinstance(one, list) and [type(field) for field in one] == [str, float] and one[1] >= 0.0
+
+
+def _is_batch(one: Any) -> bool:
+    return isinstance(one, list) and set(map(type, one)) <= {int}
 
 
 def _is_running(one: Any) -> bool:

@@ -262,6 +262,9 @@ class ReplicaPool(Pool):
             self._by_load[before] ^= 1 << replica.idx
         self._set(replica.idx, before - count)
 
+    def by_idx(self, idx: int) -> Replica | None:
+        return self._at.get(idx)
+
     def count_with_room(self) -> int:
         return self.roomy.bit_count()
 

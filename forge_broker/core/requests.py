@@ -1,7 +1,7 @@
 """A request: one call of one endpoint, from acceptance to its one reply.
 
-On the hot path its state *is* the container that holds it (C3): a queue (QUEUED), the ledger under a replica (IN_FLIGHT), neither
-(over). `MOVES` is the table that `invariants` checks and that people read. Every accepted request is in its client's
+On the hot path its state *is* the container that holds it (C3): a queue (QUEUED), a batcher's lane (BATCHED), the ledger under a replica
+(IN_FLIGHT), none (over). `MOVES` is the table that `invariants` checks and that people read. Every accepted request is in its client's
 `calls` until it is answered; one that was answered early (timeout, cancellation) stays in the ledger until its
 replica has really ended it, because only then is the room free (F5).
 """
@@ -45,14 +45,13 @@ MOVES: Final[dict[State, dict[Move, State]]] = {
     State.BATCHED: {
         Move.DISPATCH: State.IN_FLIGHT,
         Move.ERROR: State.FAILED,
-        Move.REPLICA_LOST: State.QUEUED,
         Move.CANCEL: State.CANCELLED,
         Move.TIMEOUT: State.EXPIRED,
     },
     State.IN_FLIGHT: {
         Move.REPLY: State.DONE,
         Move.ERROR: State.FAILED,
-        Move.REPLICA_LOST: State.QUEUED,
+        Move.REPLICA_LOST: State.QUEUED,  # which joins a batch from there, if it did before
         Move.CANCEL: State.CANCELLED,
         Move.TIMEOUT: State.EXPIRED,
     },
@@ -69,6 +68,8 @@ class Request:
     __slots__ = (
         "answered",
         "attempt",
+        "batch",
+        "batching",
         "client",
         "deadline",
         "deaths",
@@ -108,6 +109,8 @@ class Request:
         self.rank: int | None = None  # only this rank of an actor's mesh
         self.parts: dict[int, tuple[int, Payload, bool]] | None = None  # by rank, when several answer
         self.gather: Gather | None = None  # the fan-out this is a part of
+        self.batch: Batch | None = None  # that it is in flight with
+        self.batching: tuple[int, Any, float] | None = None  # call shape, key, weight, where it says any (B2)
 
 
 class Gather:
@@ -125,3 +128,80 @@ class Gather:
         self.deadline: float | None = None
         self.children: dict[int, Request] = {}  # replica idx → the part still awaited
         self.parts: dict[tuple[int, int], tuple[int, Payload, bool]] = {}  # (replica, rank) → status, payload, trusted
+
+
+class Batch:
+    """Calls that take one unit of room together (B2): it is free again when the last of them has ended."""
+
+    __slots__ = ("open",)
+
+    def __init__(self, size: int) -> None:
+        self.open = size  # of its calls, in flight
+
+    def ended(self, count: int) -> int:
+        """So many of its calls have ended: the units of room that are free by it."""
+        self.open -= count
+        return not self.open
+
+
+class Slice:
+    """Calls of one envelope that went one way, held as one (C2): of one client to one endpoint, in flight on one replica for the first
+    time, with nothing but small arguments; or a batch of such calls, with `batching` as its Requests would have it. A Slice stands for
+    each of them in `Client.calls` and in the ledger; who needs one of them by itself splits it first (`Client.call`, `Ledger.of`), and
+    they are Requests from then on.
+    """
+
+    __slots__ = (
+        "_ids",
+        "_packed",
+        "_sizes",
+        "batch",
+        "batching",
+        "client",
+        "endpoint",
+        "held",
+        "holder",
+        "left",
+        "queued_at",
+    )
+
+    session: None = None  # calls of sessions are Requests
+
+    def __init__(
+        self,
+        ids: list[int],
+        sizes: list[int],
+        packed: bytes,
+        client: Any,
+        endpoint: Any,
+        holder: Any,
+        held: dict[int, Request | Slice],
+        now: float,
+    ) -> None:
+        self.client = client
+        self.endpoint = endpoint
+        self.holder = holder  # the Replica
+        self.held = held  # what the ledger has of it
+        self.queued_at = now  # and dispatched
+        self.batch: Batch | None = None
+        self.batching: tuple[int, Any, float] | None = None
+        self.left = dict(zip(ids, sizes, strict=True))  # not ended: id → bytes of its arguments
+        self._ids = ids
+        self._sizes = sizes
+        self._packed = packed  # all their arguments
+
+    def split(self) -> None:
+        """Those that are left, each by itself from now on."""
+        calls = self.client.calls
+        at = 0
+        for key, size in zip(self._ids, self._sizes, strict=True):
+            start, at = at, at + size
+            if key in self.left:
+                request = Request(key, self.client, self.endpoint, self._packed[start:at], size, self.queued_at)
+                request.started_at = self.queued_at
+                request.attempt = 1
+                request.holder = self.holder
+                request.batch = self.batch
+                request.batching = self.batching
+                calls[key] = self.held[key] = request
+        self.left = {}

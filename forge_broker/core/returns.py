@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from forge_broker.core.answers import Answers
+from forge_broker.core.batcher import Lane
 from forge_broker.core.dead_letters import DeadLetter
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica
 from forge_broker.core.requests import Request
-from forge_broker.core.services import Service, Session
+from forge_broker.core.services import Endpoint, Service, Session
 from forge_broker.core.state import State
 from forge_contract.errors import OutcomeUnknown, PoisonedRequest, ReplicaLost, SessionClosed, SessionLost
 from forge_contract.framing import weigh
@@ -45,6 +46,7 @@ class Returns:
             if request.parts:
                 ran = ran or any(part[0] != UNTOUCHED for part in request.parts.values())
             request.parts = None
+            request.batch = None
             if request.answered:
                 continue
             if request.gather is not None and (
@@ -59,9 +61,9 @@ class Returns:
             else:
                 request.deaths += ran and id(request) in convicts
                 again.append(request)
-        self._return(replica.service, again, why, now)
+        self._return(replica.service, again, why, now, "loss" if lost else "drain")
 
-    def _return(self, service: Service, requests: list[Request], why: str, now: float) -> None:
+    def _return(self, service: Service, requests: list[Request], why: str, now: float, flush: str) -> None:
         """To the front of their queues, in this order; those of a service that stops, or a session that is over, fail instead."""
         back: dict[int, tuple[Queue, list[Request]]] = {}
         alone = service.config.max_attempts - 1
@@ -89,6 +91,8 @@ class Returns:
                 back.setdefault(id(queue), (queue, []))[1].append(request)
         for queue, returned in back.values():
             queue.push_front(returned)
+            if isinstance(queue, Lane):
+                queue.hurry(flush, now)
             service.wake(queue)
         for request in [request for request in service.unpinned if request.session in held_back] if held_back else []:
             session = service.sessions[request.session or ""]
@@ -99,8 +103,10 @@ class Returns:
     def _queue_of(self, request: Request, session: Session | None, alone: bool) -> Queue:
         service: Service = request.endpoint.service
         if session is None:
-            queue: Queue = service.suspects if alone else request.endpoint.queue
-            return queue
+            if alone:
+                return service.suspects
+            endpoint: Endpoint = request.endpoint
+            return endpoint.queue if endpoint.batcher is None else endpoint.batcher.lane_of(request)
         if alone or session.suspects:
             session.suspects += 1
             return service.suspects

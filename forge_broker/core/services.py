@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from forge_broker.core.batcher import Batcher
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaPool
 from forge_broker.core.requests import Request
@@ -23,6 +24,7 @@ class Endpoint:
 
     __slots__ = (
         "at_most_once",
+        "batcher",
         "hang_timeout_s",
         "id",
         "method",
@@ -57,6 +59,13 @@ class Endpoint:
         default = "at_most_once" if service.kind == "actor" else "at_least_once"
         self.at_most_once = (delivery or default) == "at_most_once"
         self.hang_timeout_s: float | None = self.options.get("hang_timeout_s")
+        # Calls of an actor keep their order across endpoints (A6), and do not wait for each other.
+        batched = self.options.get("batch_size", 1) > 1 and service.kind == "service"
+        self.batcher = Batcher(self.full_name, self.options) if batched else None
+        if self.batcher is not None and service.exports:
+            self.batcher.sessions = (
+                False  # a session's state is exported after each of its calls: they run one at a time
+            )
         self.replay_last: bool = bool(self.options.get("replay_last"))
 
     def __repr__(self) -> str:
@@ -70,18 +79,26 @@ class Endpoint:
 class Session:
     """What the broker knows of one session; where it is pinned stands in `Service.pins`."""
 
-    __slots__ = ("client", "hints", "id", "lost", "ran", "state", "suspects", "unpinned", "used_at")
+    __slots__ = ("_hints", "client", "id", "lost", "ran", "service", "state", "suspects", "unpinned", "used_at")
 
-    def __init__(self, id: str, client: Any, hints: dict[str, Any], now: float) -> None:
+    def __init__(self, id: str, service: Service, client: Any, hints: dict[str, Any], now: float) -> None:
         self.id = id
+        self.service = service
         self.client = client
-        self.hints = hints
+        self._hints = hints or None  # most have none: an empty map for each would be a sixth of what a session takes
         self.used_at = now
         self.unpinned = 0  # its calls in the service's `unpinned` queue
         self.suspects = 0  # its calls in the service's `suspects` queue
         self.ran = False  # a call of it was answered by a replica, which may have state of it
         self.state: Checkpoint | None = None  # the last one its replica sent (S3)
         self.lost = ""  # why its state is lost for good: what its calls fail with
+
+    def __repr__(self) -> str:
+        return f"<Session {self.id} of {self.service.name}>"
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        return self._hints or {}
 
 
 class Checkpoint(NamedTuple):
@@ -99,6 +116,7 @@ class Replay(NamedTuple):
 
 class Service:
     __slots__ = (
+        "batches",
         "cell",
         "class_name",
         "config",
@@ -147,6 +165,7 @@ class Service:
         self.pool = ReplicaPool(config.concurrency)
         self.replicas: dict[int, Replica] = {}
         self.endpoints: list[Endpoint] = []
+        self.batches = False  # some of them do
         self.sessions: dict[str, Session] = {}
         self.pins: dict[str, int] = {}  # session id → replica idx; what routers see as `session_map`
         self.unpinned = Queue(f"{name} sessions")  # calls of sessions that have no replica yet, in order
@@ -173,9 +192,11 @@ class Service:
 
     @property
     def rotation(self) -> list[Queue]:
-        """Its queues that take turns, but those of the replicas: each once, though an actor's endpoints share one."""
+        """Its queues that take turns, but those of the replicas: each once, though an actor's endpoints share one. In a lane calls may wait
+        for others, in the rest only for room."""
         found = {id(endpoint.queue): endpoint.queue for endpoint in self.endpoints}
-        return [*found.values(), self.unpinned]
+        lanes = [lane for one in self.endpoints if one.batcher is not None for lane in one.batcher.lanes.values()]
+        return [*found.values(), self.unpinned, *lanes]
 
     @property
     def queues(self) -> list[Queue]:

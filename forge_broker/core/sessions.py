@@ -5,6 +5,7 @@ Where a session is pinned stands in `Service.pins`; which of its calls goes wher
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from forge_broker.core.answers import Answers
@@ -27,31 +28,47 @@ class Sessions:
     def open(self, service: Service, client: Client, sid: str, hints: dict[str, Any], now: float) -> None:
         """Idempotent: a session that is open stays as it is."""
         if sid not in service.sessions:
-            service.sessions[sid] = Session(sid, client, hints, now)
-            client.sessions.add((service.id, sid))
+            session = service.sessions[sid] = Session(sid, service, client, hints, now)
+            client.sessions.add(session)
             if service.config.session_ttl_s is not None:
-                self._state.deadlines.add(now + service.config.session_ttl_s, Kind.SESSION, (service.id, sid))
+                self._state.deadlines.add(now + service.config.session_ttl_s, Kind.SESSION, session)
 
     def close(self, service: Service, sid: str, why: str, now: float) -> None:
         """Idempotent. What waits under it fails; what runs, runs on and is answered."""
-        session = service.sessions.pop(sid, None)
-        if session is None:
-            return
-        idx = service.pins.get(sid)
-        replica = None if idx is None else service.replicas[idx]
-        for queue in (service.unpinned, service.suspects, *([] if replica is None else [replica.parked])):
-            for request in [request for request in queue if request.session == sid]:
+        session = service.sessions.get(sid)
+        if session is not None:
+            self.close_all([session], why, now)
+
+    def close_all(self, sessions: Iterable[Session], why: str, now: float) -> None:
+        """`close` for many: each queue is looked through once, however many sessions end together."""
+        by_service: dict[Service, list[Session]] = {}
+        for session in sessions:
+            by_service.setdefault(session.service, []).append(session)
+        for service, closing in by_service.items():
+            self._fail_waiting(service, closing, why)
+            for session in closing:
+                self._end(service, session)
+
+    def _fail_waiting(self, service: Service, closing: list[Session], why: str) -> None:
+        ids = {session.id for session in closing}
+        homes = {service.pins[sid] for sid in ids if sid in service.pins}
+        for queue in (service.unpinned, service.suspects, *(service.replicas[idx].parked for idx in homes)):
+            for request in [request for request in queue if request.session in ids]:
                 queue.remove(request)
                 request.holder = None
-                closed = SessionClosed(session=sid, service=service.name, why=f": {why}")
+                closed = SessionClosed(session=request.session, service=service.name, why=f": {why}")
                 self._answers.fail(request, closed)
-        service.unpin(sid)
+
+    def _end(self, service: Service, session: Session) -> None:
+        del service.sessions[session.id]
+        idx = service.pins.get(session.id)
+        service.unpin(session.id)
         self.drop_checkpoint(session)
-        for worker in [] if replica is None else replica.ranks:
+        for worker in [] if idx is None else service.replicas[idx].ranks:
             if worker is not None:
-                worker.add_forget(sid)
+                worker.add_forget(session.id)
                 self._state.deliver(worker)
-        session.client.sessions.discard((service.id, sid))
+        session.client.sessions.discard(session)
 
     def drop_checkpoint(self, session: Session) -> None:
         if session.state is not None:
@@ -80,12 +97,10 @@ class Sessions:
         session.state = Checkpoint(payload, size, trusted)
         state.checkpoint_bytes += size
 
-    def idle(self, key: tuple[int, str], now: float) -> None:
-        """`session_ttl_s` may have passed without use; a call that waits or runs is use. `key`: service id, session id."""
-        service_id, sid = key
-        service = self._state.services.get(service_id)
-        session = None if service is None else service.sessions.get(sid)
-        if service is None or session is None or (ttl := service.config.session_ttl_s) is None:
+    def idle(self, session: Session, now: float) -> None:
+        """`session_ttl_s` may have passed without use; a call that waits or runs is use."""
+        service, sid = session.service, session.id
+        if service.sessions.get(sid) is not session or (ttl := service.config.session_ttl_s) is None:
             return
         if self._busy(service, sid):
             session.used_at = now
@@ -93,7 +108,7 @@ class Sessions:
             self._state.story.tell(now, sid, f"closed after {ttl} s without use")
             self.close(service, sid, f"unused for {ttl} s", now)
         else:
-            self._state.deadlines.add(session.used_at + ttl, Kind.SESSION, key)
+            self._state.deadlines.add(session.used_at + ttl, Kind.SESSION, session)
 
     def _busy(self, service: Service, sid: str) -> bool:
         if service.sessions[sid].unpinned or service.sessions[sid].suspects:

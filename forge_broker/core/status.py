@@ -1,20 +1,24 @@
 """What the broker looks like from outside: plain dicts for `forge status`, `state()`, `get_metrics()` and `forge explain`.
 
 Reads `state`, changes nothing. Costs a walk over replicas and workers, never over calls or sessions one by one (except where one is
-asked for), so that a broker with 10,000 queued calls answers at once.
+asked for), so that a broker with a million queued calls, or of idle sessions, answers at once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from itertools import islice
+from typing import Any, Final
 
 from forge_broker.core.dead_letters import DeadLetter
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica
-from forge_broker.core.requests import Gather, Request
+from forge_broker.core.requests import Gather
 from forge_broker.core.services import Service
 from forge_broker.core.state import State
 from forge_contract.messages import read_request, show_request
+
+SESSIONS_SHOWN: Final = 1000  # of each service, those that were opened first
 
 
 def broker_status(state: State, now: float) -> dict[str, Any]:
@@ -68,6 +72,10 @@ def missing(state: State) -> list[str]:
 
 def service_state(service: Service, now: float) -> dict[str, Any]:
     """X5: what `await service.state()` is."""
+    queues: Counter[str] = Counter()
+    shown = list(islice(service.sessions, SESSIONS_SHOWN))
+    for queue in service.queues:  # the lanes of a batcher share a name
+        queues[queue.name] += queue.length
     return {
         "service": service.id,
         "name": service.name,
@@ -76,10 +84,11 @@ def service_state(service: Service, now: float) -> dict[str, Any]:
         "detached": service.owner is None,
         "stopping": service.stopping is not None,
         "replicas": [_replica_state(replica) for replica in service.replicas.values()],
-        "queues": {queue.name: queue.length for queue in service.queues},
-        "active_sessions": sorted(service.sessions)[:1000],
+        "queues": dict(queues),
+        "batches": {one.name: one.batcher.stats.snapshot() for one in service.endpoints if one.batcher is not None},
+        "active_sessions": sorted(shown),
         "sessions": len(service.sessions),
-        "session_replica_map": dict(list(service.pins.items())[:1000]),
+        "session_replica_map": {sid: service.pins[sid] for sid in shown if sid in service.pins},
         "state_epoch": service.state_epoch,
         "request_rate": round(sum(replica.stats.window.rate(now) for replica in service.replicas.values()), 3),
     }
@@ -204,7 +213,7 @@ def story(state: State, subject: str, now: float) -> list[str]:
 
 def _request_now(state: State, key: int, now: float) -> list[str]:
     client = state.clients.get(key >> 40)
-    call: Request | Gather | None = client.calls.get(key) if client is not None else None
+    call = client.call(key) if client is not None else None
     if call is None:
         return ["it is over, or was never accepted: of an ordinary call that is over nothing is kept"]
     head = f"{show_request(key)} calls {call.endpoint.full_name}, accepted {now - call.queued_at:.3f} s ago"

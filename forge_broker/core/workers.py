@@ -61,7 +61,7 @@ MOVES: Final[dict[WorkerState, dict[WorkerMove, WorkerState]]] = {
 }
 
 UNSETTLED_AT_MOST: Final = 1 << 16
-_TIMEOUT, _SESSION, _CLIENT = 1, 2, 4  # which columns a DISPATCH has
+_TIMEOUT, _SESSION, _CLIENT, _BATCHES = 1, 2, 4, 8  # which columns a DISPATCH has
 
 
 class Worker(Link):
@@ -146,7 +146,7 @@ class Worker(Link):
         flags = (_CLIENT if endpoint.ordered else 0) | (_TIMEOUT if timed else 0) | (_SESSION if bound else 0)
         group = self.group
         if group is None or group[2] != endpoint.method or group[3] is not first.trusted or self._flags != flags:
-            group = self._open_dispatch(first, endpoint, flags)
+            group = self._open_dispatch(first.trusted, endpoint, flags)
         group[4] += [request.id for request in requests]
         group[5] += [request.attempt for request in requests]
         group[6] += self.outbox.attach_all([request.payload for request in requests])
@@ -155,7 +155,37 @@ class Worker(Link):
         if bound:
             group[7]["session"] += sessions
 
-    def _open_dispatch(self, request: Request, endpoint: Any, flags: int) -> list[Any]:
+    def add_batch(self, requests: list[Request], endpoint: Any) -> None:
+        """`add_dispatch` for calls that run as one batch (B2), all with the same trust."""
+        first = requests[0]
+        sessions = [request.session for request in requests]
+        flags = _BATCHES | (_SESSION if any(sessions) else 0)
+        group = self.group
+        if group is None or group[2] != endpoint.method or group[3] is not first.trusted or self._flags != flags:
+            group = self._open_dispatch(first.trusted, endpoint, flags)
+        if flags & _SESSION:
+            group[7]["session"] += sessions
+        group[4] += [request.id for request in requests]
+        group[5] += [request.attempt for request in requests]
+        group[6] += self.outbox.attach_all([request.payload for request in requests])
+        group[7]["batches"].append(len(requests))
+
+    def add_slice(
+        self, ids: list[int], sizes: list[int], packed: bytes, trusted: bool, endpoint: Any, *, batch: bool
+    ) -> None:
+        """`add_dispatch`, or `add_batch`, for calls on their first attempt with nothing but small arguments, which are side by side."""
+        flags = (_CLIENT if endpoint.ordered else 0) | (_BATCHES if batch else 0)
+        group = self.group
+        if group is None or group[2] != endpoint.method or group[3] is not trusted or self._flags != flags:
+            group = self._open_dispatch(trusted, endpoint, flags)
+        group[4] += ids
+        group[5] += [1] * len(ids)
+        group[6] += sizes
+        if batch:
+            group[7]["batches"].append(len(ids))
+        self.outbox.attach_packed(packed)
+
+    def _open_dispatch(self, trusted: bool, endpoint: Any, flags: int) -> list[Any]:
         columns: dict[str, Any] = {}
         if flags & _TIMEOUT:
             columns["timeout"] = []
@@ -163,8 +193,10 @@ class Worker(Link):
             columns["session"] = []
         if flags & _CLIENT:
             columns["client"] = True
+        if flags & _BATCHES:
+            columns["batches"] = []
         self._flags = flags
-        return self.open_group([DISPATCH, self.replica.epoch, endpoint.method, request.trusted, [], [], [], columns])
+        return self.open_group([DISPATCH, self.replica.epoch, endpoint.method, trusted, [], [], [], columns])
 
     def add_forget(self, session: str) -> None:
         """This session has ended."""

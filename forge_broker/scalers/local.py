@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import IO, Final
 
 from forge_broker.core.actions import Launch
 from forge_broker.core.events import LaunchEnded
+from forge_contract.exit_status import how_it_ended
 
 LAST_LINES: Final = 20
 
@@ -79,7 +79,7 @@ class LocalScaler:
             code = process.poll()
             if code is not None:
                 del self._processes[launch]
-                ended.append(LaunchEnded(launch, _why(code), self._last_lines(launch)))
+                ended.append(LaunchEnded(launch, how_it_ended(code), self._last_lines(launch)))
         return ended
 
     def kill_all(self) -> None:
@@ -101,12 +101,6 @@ class LocalScaler:
         with path.open("rb") as stream:
             stream.seek(max(0, path.stat().st_size - 8192))
             return stream.read().decode(errors="replace").splitlines()[-LAST_LINES:]
-
-
-def _why(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    return f"signal {signal.Signals(-code).name}" if -code in set(signal.Signals) else f"signal {-code}"
 
 
 class _Shown:

@@ -200,6 +200,10 @@ class Started:
             if wanted(line):
                 return line
 
+    def rest(self) -> list[str]:
+        """The lines of stderr that were not waited for, once it has ended."""
+        return list(iter(lambda: self._new.get(timeout=BOUND_S) or "", ""))
+
     def interrupt(self) -> int:
         """Ctrl-C; the exit code."""
         self.process.send_signal(signal.SIGINT)

@@ -9,11 +9,20 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
 
-from tests.cli.running import BOUND_S, Place, command
+from tests.cli.running import BOUND_S, Place, Started, command
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lonely(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
+    """A worker of a broker that nobody starts. It gives up after ten seconds, in which the other tests here are run."""
+    place = Place(tmp_path_factory.mktemp("lonely"))
+    with place.start("worker", "--broker", f"ipc://{place.directory}/none.sock") as worker:
+        yield worker
 
 
 def test_ctrl_c_ends_the_broker_and_all_it_runs(place: Place) -> None:
@@ -119,8 +128,7 @@ def test_a_worker_with_a_gpu_that_is_not_there_is_refused(place: Place, gpu: str
     assert "Traceback" not in done.err
 
 
-def test_a_worker_without_a_broker_says_so_and_exits_69(place: Place) -> None:
-    done = place.forge("worker", "--broker", f"ipc://{place.directory}/none.sock")
-    assert done.code == 69, done
-    assert "no broker answered" in done.err
-    assert "Traceback" not in done.err
+def test_a_worker_without_a_broker_says_so_and_exits_69(lonely: Started) -> None:
+    lonely.wait_for(lambda line: "no broker answered" in line)
+    assert lonely.process.wait(BOUND_S) == 69
+    assert not any("Traceback" in line for line in [*lonely.lines, *lonely.rest()])

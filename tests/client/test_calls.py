@@ -28,7 +28,8 @@ from forge_client import (
     endpoint,
     get_service,
 )
-from forge_contract.errors import Overloaded, ReplicaLost, UnknownService
+from forge_client.connection import current_client
+from forge_contract.errors import Overloaded, ProtocolError, ReplicaLost, UnknownService
 from forge_contract.messages import FAILED, OK, RAISED
 from forge_contract.payload import decode, encode, encode_exception
 from tests.client.fake_broker import Raised, Served, error_payload, serve
@@ -161,7 +162,7 @@ async def test_a_mesh_answers_with_rank_0_or_the_whole_mesh(broker: Served) -> N
         call = service.predict.route(1)
         await broker.until(lambda _: fake.seen[-1][0] == "call")
         (outbox,) = fake.out.values()
-        seq = max(call.client.link.unanswered)
+        seq = max((await current_client()).link.unanswered)
         fake.parts(outbox, seq, [[0, 0], [0, 1]], [(OK, encode(rank, trusted=True)) for rank in "ab"])
         broker.turn()
         return await call
@@ -183,7 +184,8 @@ async def test_an_error_on_one_rank_keeps_its_type_and_says_which_rank_it_was(br
         before = len(fake.seen)
         await broker.until(lambda _: len(fake.seen) > before)
         (outbox,) = fake.out.values()
-        fake.parts(outbox, max(call.client.link.unanswered), points, [(OK, encode(1, trusted=True)), raised])
+        seq = max((await current_client()).link.unanswered)
+        fake.parts(outbox, seq, points, [(OK, encode(1, trusted=True)), raised])
         broker.turn()
         with pytest.raises((KeyError, FanoutError)) as failed:
             await call
@@ -219,6 +221,27 @@ async def test_cancelling_the_task_cancels_the_call(broker: Served) -> None:
         await asyncio.wait_for(service.predict.route(1), 0.01)
     await broker.until(lambda fake: fake.seen[-1][0] == "cancel")
     assert service.predict._target.client.link.refused_replies == 0
+
+
+async def test_a_reply_that_comes_in_the_turn_of_its_cancellation_harms_no_other(broker: Served) -> None:
+    """F5: neither a value nor an error for somebody who left, beside those of others in the same envelope."""
+    fake = broker.broker
+    fake.silent.add("predict")
+    service = await Gen.as_service()
+    client = await current_client()
+    calls = [service.predict.route(at) for at in range(6)]
+    await broker.until(lambda fake: len([entry for entry in fake.seen if entry[0] == "call"]) == 6)
+    seqs = list(client.link.unanswered)
+    raised = (RAISED, encode_exception(KeyError("k"), trusted=True))
+    for left, others, odd in ((0, 1, (OK, encode(7, trusted=True))), (2, 3, raised)):
+        calls[left].cancel()
+        waiters = [client.link.unanswered.pop(seqs[at]) for at in (left, others)]
+        client.results(True, waiters, [odd[0], OK], [odd[1], encode("kept", trusted=True)])
+        assert await calls[others] == "kept"
+        assert calls[left].cancelled()
+    client.results(True, [client.link.unanswered.pop(seqs[4])], [OK], [b"\xc1"])
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        await calls[4]
 
 
 async def test_a_timeout_travels_and_is_kept_by_our_own_clock_when_nobody_answers(broker: Served) -> None:

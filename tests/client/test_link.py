@@ -10,7 +10,7 @@ import pytest
 from forge_client.link import CALLS_A_MESSAGE, ClientLink, Declared
 from forge_client.outgoing import Extras
 from forge_contract.errors import Overloaded, VersionMismatch
-from forge_contract.framing import MAX_MESSAGES, decode, encode
+from forge_contract.framing import MAX_MESSAGES, Outbox, decode, encode
 from forge_contract.messages import BROKER_NAME, CALLS, CANCEL, CONTROL, FANOUT, PARTS, REFUSE, RESULTS, WELCOME
 
 
@@ -237,3 +237,53 @@ def test_a_broker_of_another_version_is_told_apart_from_silence() -> None:
     header = [9, BROKER_NAME, 1, 77, 0, 0, [[REFUSE, "VersionMismatch", {"ours": 9, "theirs": 1}]]]
     link.receive([msgpack.packb(header), b""], 0.1)
     assert [type(error) for error in heard.refusals] == [VersionMismatch]
+
+
+def test_calls_of_one_shape_are_one_message_although_shapes_take_turns() -> None:
+    """B1, B2: the shape is a column of one value, and left out where it is 0."""
+    link, _ = opened()
+    for number, shape in enumerate([1, 2, 1, 0, 2, 1, 0]):
+        link.submit(7, bytes([number]), number, None, None, shape)
+    (frames,) = link.flush(1.0)
+    envelope = decode(frames)
+    assert envelope.body == [
+        [CALLS, 7, [1, 3, 6], [1, 1, 1], {"shape": 1}],
+        [CALLS, 7, [2, 5], [1, 1], {"shape": 2}],
+        [CALLS, 7, [4, 7], [1, 1], {}],
+    ]
+    assert envelope.payloads.take_all([1] * 7) == [bytes([number]) for number in (0, 2, 5, 1, 4, 3, 6)]
+
+
+def test_a_session_never_overtakes_itself_for_the_sake_of_its_calls_shapes() -> None:
+    """A6: a run that stands before an earlier call of the session is not gone back to."""
+    link, _ = opened()
+    for shape, session in ((1, "s"), (2, "s"), (1, "s"), (1, "t"), (2, None)):
+        extras = None if session is None else Extras(session=session)
+        link.submit(7, b"x", None, extras, session, shape)
+    assert [(message[2], message[4]["shape"]) for message in said(link)] == [([1], 1), ([2, 5], 2), ([3, 4], 1)]
+
+
+def test_a_full_message_is_followed_by_another_of_its_shape() -> None:
+    """W1."""
+    link, _ = opened()
+    for number in range(2 * CALLS_A_MESSAGE + 2):
+        link.submit(7, b"", None, None, None, 1 + number % 2)
+    assert [(len(message[2]), message[4]["shape"]) for message in said(link)] == [
+        (CALLS_A_MESSAGE, 1),
+        (CALLS_A_MESSAGE, 2),
+        (1, 1),
+        (1, 2),
+    ]
+
+
+def test_keys_and_weights_are_columns_and_shapes_are_said_again_to_a_broker_that_comes_back() -> None:
+    """B2, F10"""
+    link, _ = opened()
+    link.submit(7, b"a", "a", Extras(key="fr", weight=2.0), None, 1)
+    link.submit(7, b"b", "b", None, None, 1)
+    link.submit(7, b"c", "c", None, None, 2)
+    columns = {"key": ["fr", None], "weight": [2.0, None], "shape": 1}
+    assert said(link) == [[CALLS, 7, [1, 2], [1, 1], columns], [CALLS, 7, [3], [1], {"shape": 2}]]
+    again, _, _ = link.sent.take(3)
+    outbox = Outbox()
+    assert [item.message(outbox, 1.0)[4] for item in again] == [{**columns, "again": True}, {"again": True, "shape": 2}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -79,6 +80,9 @@ def test_nobody_can_ask_for_a_billion_of_something() -> None:
     for name in ("procs", "hosts", "num_replicas", "replica_max_concurrent_requests", "mesh_concurrency"):
         with pytest.raises(ConfigError, match=f"{name} must be at most"):
             ServiceConfig().replace(**{name: 10**9})
+    for name in ("batch_size", "threads"):
+        with pytest.raises(ConfigError, match=f"{name} must be at most"):
+            EndpointOptions.checked("endpoint", {name: 2**70})
 
 
 @pytest.mark.parametrize("address", ["ipc:///x", "tcp://h:1", "tcp://*:5555", "tcp://[::1]:65535", "tcp://h:*"])
@@ -119,3 +123,53 @@ def test_the_users_own_broker_is_found_by_the_environment() -> None:
     assert default_address({"XDG_RUNTIME_DIR": "/run/u"}, 5) == "ipc:///run/u/forge/broker.sock"
     assert str(ipc_path(default_address({}, 5))) == "/tmp/forge-5/broker.sock"
     assert ipc_path("tcp://h:1") is None
+
+
+def test_contradictions_among_the_options_of_batches_are_told_together() -> None:
+    """A3, issue's options of batches: what would change nothing is refused, not ignored."""
+    with pytest.raises(ConfigError) as caught:
+        EndpointOptions(
+            batch_key=7,
+            batch_max_weight=8.0,
+            batch_eager=True,
+            batch_sessions=True,
+            collate="pad",
+            batch_timeout=-1.0,
+        )
+    text = str(caught.value)
+    for problem in (
+        "batch_key must be a function of the arguments or the name of one, not 7",
+        "batch_max_weight needs batch_weight",
+        "collate must be 'stack', not 'pad'",
+        "collate needs batch_mode='call'",
+        "batch_timeout must be at least 0",
+        "batch_max_weight, batch_key, batch_eager, batch_sessions, collate without batch_size above 1",
+    ):
+        assert problem in text
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"batch_size": True}, "batch_size must be int, not True"),
+        ({"batch_size": 8, "batch_timeout": float("nan")}, "batch_timeout must be at least 0, not nan"),
+        ({"batch_size": 8, "batch_mode": "list"}, "batch_mode must be 'route' or 'call', not 'list'"),
+        ({"batch_size": 8, "collate": "stack"}, "collate needs batch_mode='call'"),
+        ({"batch_size": 8, "batch_max_weight": 0, "batch_weight": "x"}, "batch_max_weight must be above 0, not 0"),
+        ({"batch_size": 8, "batch_weight": 3}, "batch_weight must be a function of the arguments or the name of one"),
+        ({"batch_eager": True}, "batch_eager without batch_size above 1: nothing is batched"),
+    ],
+)
+def test_options_of_batches_that_cannot_hold_are_told(options: dict[str, Any], problem: str) -> None:
+    """A2."""
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        EndpointOptions(**options)
+
+
+def test_a_function_travels_as_the_word_that_it_is_one_and_a_name_as_itself() -> None:
+    """PROTOCOL.md §7.1: the broker makes batches of what clients say, and runs nobody's code for it."""
+    options = EndpointOptions(batch_size=8, batch_key=len, batch_weight="text", batch_max_weight=10)
+    told = options.to_wire()
+    assert (told["batch_key"], told["batch_weight"]) == (True, "text")
+    assert EndpointOptions(**told).to_wire() == told

@@ -27,8 +27,10 @@ from forge_contract.payload import (
     LARGE,
     decode,
     decode_call,
+    decode_small,
     encode,
     encode_call,
+    encode_plain_call,
     payload_size,
     register_value,
 )
@@ -403,3 +405,40 @@ def test_importing_the_codec_imports_neither_torch_nor_numpy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False, timeout=30
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        (1, 2.5, True, None),
+        ("text", b"bytes"),
+        (b"x" * (LARGE - 1),),
+        (2**80,),
+        ("\udcff",),
+        ([1],),
+        (b"x" * LARGE,),
+    ],
+    ids=lambda args: f"{args!r:.20}",
+)
+def test_plain_calls_are_encoded_as_all_calls_are(args: tuple[Any, ...]) -> None:
+    """W5: the quick way says what the long way says, or leaves it to it."""
+    quick = encode_plain_call(args)
+    assert decode_call(encode_call(args, {}, trusted=False, where="f"), trusted=False) == (args, {})
+    assert (quick is None) == (not 0 <= sum(map(_plain_size, args)) < LARGE - 16)
+    assert quick is None or decode_call(quick, trusted=False) == (args, {})
+
+
+def _plain_size(value: Any) -> float:
+    """Bytes it takes up in a plain document; infinitely many if it cannot be in one."""
+    if type(value) in (list,) or value in (2**80, "\udcff"):
+        return math.inf
+    return len(value) if isinstance(value, (str, bytes)) else 9
+
+
+def test_a_column_of_small_payloads_is_decoded_in_one_pass_and_any_other_is_left() -> None:
+    small = [encode(value, trusted=False) for value in (1, "a", (2, Decimal("0.1")), None)]
+    assert decode_small(small, trusted=False) == [1, "a", (2, Decimal("0.1")), None]
+    for odd in (encode(b"x" * LARGE, trusted=False), encode("x" * 2000, trusted=False), b"\xc1", b""):
+        assert decode_small([*small, odd], trusted=False) is None
+    assert decode_small([], trusted=False) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from forge_contract.errors import ConfigError
 from forge_contract.routing import (
     ConsistentHashRouter,
     LeastLoadedRouter,
+    ListPool,
     PowerOfTwoRouter,
     RoundRobinRouter,
     Router,
@@ -82,6 +84,23 @@ def test_the_session_router_goes_where_the_session_is_pinned() -> None:
     assert router.get_replica(views(0, 10, 0), "s", {"s": 1}).idx == 1
     assert router.get_replica(views(0, 0, 0), "s", {"s": 9}).idx == 0
     assert router.get_replica(views(0, 0, 0)).idx == 1
+
+
+@pytest.mark.parametrize(
+    "router",
+    [RoundRobinRouter(), LeastLoadedRouter(), PowerOfTwoRouter(1), ConsistentHashRouter(), SessionRouter()],
+    ids=repr,
+)
+def test_no_built_in_router_looks_at_every_replica_of_a_pool(router: Router) -> None:
+    """R3: for a call without a session, for one with, and for one whose session is pinned."""
+
+    class Counted(ListPool):
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError(f"{router} looks at all")
+
+    pool: Any = Counted(views(0, 0, 0))
+    for session, pins in ((None, {}), ("s", {}), ("s", {"s": 2}), ("s", {"s": 9})):
+        assert router.get_replica(pool, session, pins) in pool._replicas
 
 
 def test_an_instance_a_class_and_a_factory_are_accepted() -> None:

@@ -24,6 +24,7 @@ from tests.core.peers import TRUSTED, Bench, ClientPeer, WorkerPeer
 
 ELSEWHERE = "another-host"
 MAX_ATTEMPTS = 3
+BATCH_SIZE = 3
 
 
 class Asked:
@@ -77,6 +78,11 @@ class Rank(WorkerPeer):
             attempts = message[5] if isinstance(message[5], list) else [message[5]] * len(message[4])
             for key, attempt, payload in zip(message[4], attempts, payloads, strict=True):
                 self.model.dispatched(self, key, attempt, payload)
+            if (batches := message[7].get("batches")) is not None:
+                assert sum(batches) == len(message[4]), f"{batches} are no batches of {len(message[4])} calls (B2)"
+                assert all(0 < size <= BATCH_SIZE for size in batches), (
+                    f"batches of {batches}, and {BATCH_SIZE} may be (B1)"
+                )
 
     @property
     def here(self) -> bool:

@@ -40,6 +40,7 @@ from forge_contract.messages import (
     RESULTS,
     STATES,
     WELCOME,
+    column,
     request_id,
 )
 
@@ -303,6 +304,7 @@ class WorkerPeer(Peer):
         super().__init__(bench, address, hello)
         self.calls: list[tuple[int, int, bytes]] = []  # (request id, attempt, payload), not replied to
         self.seen: list[bytes] = []  # every payload dispatched, in order
+        self.batches: list[list[bytes]] = []  # of those, what came as batches
         self.replica_epoch = 0
 
     def took(self, message: list[Any], payloads: list[Any]) -> None:
@@ -312,6 +314,10 @@ class WorkerPeer(Peer):
             attempts = message[5] if isinstance(message[5], list) else [message[5]] * len(message[4])
             self.calls += zip(message[4], attempts, payloads, strict=True)
             self.seen += payloads
+            at = 0
+            for count in message[7].get("batches", []):
+                self.batches.append(payloads[at : at + count])
+                at += count
 
     def ready(self, played: int = 0) -> None:
         self.say([READY, played])
@@ -329,7 +335,7 @@ class WorkerPeer(Peer):
         values = [one[2] if payload is None else payload for one in now]
         ids, attempts = [one[0] for one in now], [one[1] for one in now]
         sizes = [len(value) for value in values]
-        self.say([REPLIES, self.replica_epoch, ids, attempts, status, sizes], packed=b"".join(values))
+        self.say([REPLIES, self.replica_epoch, ids, column(attempts), status, sizes], packed=b"".join(values))
 
     @property
     def launch(self) -> int:

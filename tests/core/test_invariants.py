@@ -68,11 +68,11 @@ def hoard(state: Any, service: Any) -> None:
 
 
 def answer_and_keep(state: Any, service: Any) -> None:
-    next(iter(state.ledger))[1].answered = True
+    state.ledger.of(service.replicas[0])[0].answered = True
 
 
 def think_elsewhere(state: Any, service: Any) -> None:
-    next(iter(state.ledger))[1].holder = Queue("elsewhere")
+    state.ledger.of(service.replicas[0])[0].holder = Queue("elsewhere")
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,12 @@ def reply(worker: WorkerPeer, *frames: bytes) -> None:
     worker.say([REPLIES, worker.replica_epoch, [request], attempt, OK, [-len(frames)]], large=frames)
 
 
+def given(worker: WorkerPeer) -> Any:
+    """The frames of the one call it has."""
+    ((_, _, payload),) = worker.calls
+    return payload
+
+
 def acknowledge(client: ClientPeer) -> None:
     client.whisper()
 
@@ -68,7 +74,7 @@ def test_a_handle_passes_as_it_is_between_those_who_share() -> None:
     here, client, (worker,), endpoint = bench().serving()
     assert here.state.held_bytes == 0
     one = call(client, endpoint, DOCUMENT, a_handle())
-    assert worker.calls[0][2] == [DOCUMENT, a_handle()]
+    assert given(worker) == [DOCUMENT, a_handle()]
     assert here.state.held_bytes < 200
     reply(worker, DOCUMENT, a_handle())
     assert client.results == {one: (OK, [DOCUMENT, a_handle()])}
@@ -93,7 +99,7 @@ def test_a_worker_elsewhere_is_sent_the_buffers() -> None:
     client.deploy(num_replicas=1)
     remote.ready()
     call(client, here.service().endpoints[0].id, DOCUMENT, a_handle(3), b"a frame")
-    assert remote.calls[0][2] == [DOCUMENT, b"xxx", b"a frame"]
+    assert given(remote) == [DOCUMENT, b"xxx", b"a frame"]
 
 
 @pytest.mark.parametrize("where", [{"address": UNTRUSTED}, {"host": "another"}, {"shared_memory": "23:1000"}])
@@ -166,7 +172,7 @@ def test_a_retry_is_sent_the_same_handle() -> None:
     call(client, endpoint, DOCUMENT, a_handle())
     worker.die()
     (again,) = revived(here)
-    assert again.calls[0][2] == [DOCUMENT, a_handle()]
+    assert given(again) == [DOCUMENT, a_handle()]
 
 
 def test_a_dead_letter_has_a_copy_of_its_arguments() -> None:

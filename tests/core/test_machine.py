@@ -34,7 +34,7 @@ from forge_contract.messages import (
     UNTOUCHED,
     request_id,
 )
-from tests.core.model import ELSEWHERE, MAX_ATTEMPTS, Asked, Model, Rank
+from tests.core.model import BATCH_SIZE, ELSEWHERE, MAX_ATTEMPTS, Asked, Model, Rank
 from tests.core.peers import Bench, ClientPeer, spec
 
 SETTLED_AFTER_S = 600.0
@@ -45,6 +45,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "once": {"delivery": "at_most_once"},
     "slow": {"hang_timeout_s": 20.0},
     "load": {"replay_last": True},
+    "batch": {"batch_size": BATCH_SIZE, "batch_timeout": 1.0},
 }
 
 pytestmark = pytest.mark.timeout(900)  # a search takes minutes, and so does hypothesis to shrink what it finds
@@ -197,7 +198,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(serves)
     @rule(
         which=few,
-        name=st.sampled_from(["predict", "once", "slow"]),
+        name=st.sampled_from(["predict", "once", "slow", "batch"]),
         count=st.integers(1, 3),
         timeout=st.sampled_from([None, None, 5.0]),
     )
@@ -325,7 +326,7 @@ class Machine(RuleBasedStateMachine):
         known = self.bench.state.workers.get(worker.name)
         self.unnatural |= not worker.here  # the broker learns of it by its silence, later
         if worker.here and known is not None and known.state is WorkerState.READY and known.replica.healthy:
-            for request in self.bench.state.ledger.held[known.replica.key].values():
+            for request in self.bench.state.ledger.of(known.replica):
                 asked = self.model.asked.get(bytes(request.payload))
                 if asked is not None and self.model.is_open(asked):
                     asked.deaths += 1

@@ -52,6 +52,7 @@ def test_a_queue_is_first_in_first_out_within_a_priority(steps: list[tuple[str, 
             else:
                 queue.remove(gone)
         assert list(queue) == sorted(model, key=lambda one: -one.priority)
+        assert queue.first() is next(iter(queue), None)
         assert len(queue) == len(model)
     assert queue.drain() == sorted(model, key=lambda one: -one.priority)
     with pytest.raises(LookupError):
@@ -67,7 +68,7 @@ def test_release_gives_back_what_a_replica_held_in_the_order_of_dispatch_and_not
     ledger.held[two.key][4] = other = request(4)
     assert ledger.release(one) == made
     assert ledger.release(one) == []
-    assert list(ledger) == [(2, other)]
+    assert list(ledger) == [(2, 4, other)]
 
 
 def test_deadlines_come_in_order_and_those_added_meanwhile_with_them() -> None:
@@ -179,6 +180,11 @@ def test_a_session_with_the_look_of_a_request_id_has_its_story() -> None:
         [CALLS, 1, [1], [1], {"priority": [True]}],
         [CALLS, 1, [1], [1], {"session": 5}],
         [CALLS, 1, [1], [1], {"hints": "x"}],
+        [CALLS, 1, [1], [1], {"weight": -1}],
+        [CALLS, 1, [1], [1], {"weight": float("nan")}],
+        [CALLS, 1, [1], [1], {"weight": [float("inf")]}],
+        [CALLS, 1, [1], [1], {"key": 1.5}],
+        [CALLS, 1, [1], [1], {"shape": "one"}],
     ],
     ids=str,
 )
@@ -190,4 +196,4 @@ def test_calls_with_columns_that_do_not_hold_are_nonsense(message: list[Any]) ->
 
 def test_unknown_columns_are_ignored() -> None:
     """PROTOCOL.md §2: unknown keys of a map are a newer peer's."""
-    assert read_calls([CALLS, 1, [1], [1], {"weight": 3, "priority": 2}])[3] == {"priority": 2}
+    assert read_calls([CALLS, 1, [1], [1], {"flavour": 3, "priority": 2}])[3] == {"priority": 2}

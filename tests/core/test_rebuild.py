@@ -8,8 +8,23 @@ import pytest
 
 from forge_broker.core.actions import KillPeer, Launch
 from forge_broker.core.replicas import ReplicaState
-from forge_contract.errors import OutcomeUnknown
-from forge_contract.messages import DROP, IMPORT, OK, REFUSE, REPLAY, REPLIES, SETTLED, STATES, STOP, request_id
+from forge_contract.errors import OutcomeUnknown, Overloaded, ServiceStopped
+from forge_contract.messages import (
+    CALLS,
+    CONTROL,
+    DROP,
+    FANOUT,
+    FORGET,
+    IMPORT,
+    OK,
+    REFUSE,
+    REPLAY,
+    REPLIES,
+    SETTLED,
+    STATES,
+    STOP,
+    request_id,
+)
 from tests.core.peers import TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer, spec
 
 SERVICE, ENDPOINT = 5, 6
@@ -66,6 +81,71 @@ def test_services_replicas_and_their_owner_are_there_again_under_their_old_ids()
         assert len(client.results) == 1
         assert not bench.of(Launch)
         assert bench.state.next_id() > ENDPOINT
+
+
+def test_what_cannot_be_kept_until_the_window_ends_is_refused_and_nobody_is_dropped() -> None:
+    """W8, F10: with Overloaded, at once; what was asked before it, and what still fits after it, is done."""
+    bench = Bench(recovering=True, max_queue_bytes=100)
+    worker = worker_back(bench, 0)
+    client = client_back(bench)
+    (kept,) = client.call(ENDPOINT, b"x" * 90)
+    refused = [*client.call(ENDPOINT, b"y" * 6, b"z" * 6), client.fanout(ENDPOINT, b"w" * 11)]
+    control = client.deploy(b"v" * 11)
+    errors = [*map(client.error, refused), client.answers[control]]
+    assert all(isinstance(error, Overloaded) and error.retry_after_s > 0 for error in errors)
+    (fits,) = client.call(ENDPOINT, b"u" * 10)
+    assert not client.of(REFUSE)
+    assert bench.state.links[client.name].channel.received
+    assert bench.state.counters["overloaded"] == 3  # messages
+    end_window(bench)
+    assert worker.seen == [b"x" * 90, b"u" * 10]
+    worker.reply()
+    assert sorted(client.results) == sorted([kept, fits, *refused])
+
+
+def test_calls_that_run_as_a_batch_take_its_room_together_and_do_not_run_again() -> None:
+    """F10, B2: also where the replica has room for fewer calls than the batch has."""
+    one_at_a_time = deed(replica_max_concurrent_requests=1)
+    bench = Bench(recovering=True)
+    ids = [id_of(sequence) for sequence in (1, 2, 3)]
+    running = [[key, 1] for key in ids]
+    worker = worker_back(bench, 0, of=one_at_a_time, running=running, batches=[ids])
+    client = client_back(bench, of=one_at_a_time)
+    client.call(ENDPOINT, b"a", b"b", again=True)  # nobody waits for the third any more
+    client.call(ENDPOINT, b"new")
+    end_window(bench)
+    replica = bench.service().replicas[0]
+    assert (worker.seen, replica.active) == ([], 1)
+    worker.calls = [(ids[0], 1, b"A")]
+    worker.reply()
+    assert (worker.seen, replica.active) == ([], 1)
+    worker.calls = [(ids[1], 1, b"B")]
+    worker.reply()
+    assert client.results == {1: (OK, b"A"), 2: (OK, b"B")}
+    assert worker.seen == [b"new"]
+
+
+def test_a_call_that_may_have_run_and_cannot_be_kept_is_not_called_overloaded() -> None:
+    """F3, F10: who is told Overloaded tries again; what is delivered at most once had been sent before."""
+    once, often = deed(), deed()
+    once["spec"]["endpoints"][0]["options"]["delivery"] = "at_most_once"
+    for known, expected in ((once, OutcomeUnknown), (often, Overloaded), (None, OutcomeUnknown)):
+        bench = Bench(recovering=True, max_queue_bytes=10)
+        if known is not None:
+            worker_back(bench, 0, of=known)
+        client = bench.client(client=OWNER, declares={"services": [], "sessions": []})
+        (refused,) = client.call(ENDPOINT, b"x" * 11, again=True)
+        assert type(client.error(refused)) is expected
+
+
+def test_nonsense_is_a_broken_protocol_even_when_there_is_no_room_for_it() -> None:
+    """W8."""
+    for message in ([CONTROL, "one", "status", {}, 11], [CALLS, ENDPOINT, [0], [11], {}], [FANOUT, ENDPOINT, 1, 11]):
+        bench = Bench(recovering=True, max_queue_bytes=10)
+        client = bench.client()
+        client.say(message, packed=b"x" * 11)
+        assert client.of(REFUSE), message
+        assert client.name not in bench.state.links
 
 
 def test_a_call_that_a_worker_runs_is_not_run_again() -> None:
@@ -365,6 +445,36 @@ def test_of_two_workers_that_hold_a_session_the_one_that_was_used_last_is_right(
         assert kept.payload == b"new"
 
 
+def test_what_a_zombie_of_an_older_epoch_says_of_sessions_ends_with_its_seat() -> None:
+    """F10, S3: it was stopped, and its session moved; let go on, it took up its last call, so that its use is the latest of all."""
+    bench = Bench(recovering=True)
+    of = deed(exports=True)
+    zombie = bench.worker(holds=holds(0, of=of, epoch=2, sessions=[["s", 0.0]]), holdings=[b"init"])
+    zombie.say([STATES, ["s"], [3]], packed=b"old")
+    two = bench.worker(holds=holds(1, of=of, sessions=[["s", 2.5]]), holdings=[b"init"])
+    two.say([STATES, ["s"], [3]], packed=b"new")
+    one = bench.worker(holds=holds(0, of=of, sessions=[]), holdings=[b"init"])
+    assert zombie.of(STOP)
+    client = client_back(bench, [SERVICE, "s", {}, True], of=of)
+    end_window(bench)
+    client.call(ENDPOINT, b"a", session="s")
+    assert (one.seen, two.seen) == ([], [b"a"])
+    kept = bench.service().sessions["s"].state
+    assert kept is not None
+    assert kept.payload == b"new"
+
+
+def test_of_two_workers_that_hold_a_session_the_wrong_one_is_told_to_forget_it() -> None:
+    """F10, S3: the session may move there one day, and must not find an old state of its own."""
+    bench = Bench(recovering=True)
+    one = worker_back(bench, 0, sessions=[["s", 9.5]])
+    two = worker_back(bench, 1, sessions=[["s", 0.5]])
+    client_back(bench, [SERVICE, "s", {}, True])
+    end_window(bench)
+    assert one.of(FORGET) == [[FORGET, ["s"]]]
+    assert not two.of(FORGET)
+
+
 def test_a_call_that_came_back_running_may_not_hang_either() -> None:
     """F10, F1: its time counts from when it was asked for again, for nobody knows how long it had run."""
     bench = Bench(recovering=True)
@@ -394,3 +504,44 @@ def test_behind_a_client_that_does_not_read_the_books_of_its_worker_stay_bounded
     reader.call(endpoint, b"b")
     assert len(books) == books.maxlen
     assert reader.results[1][1] == b"a"
+
+
+def test_whoever_has_not_spoken_when_the_window_ends_is_counted() -> None:
+    """F10: what it ran or waits for may run twice, which is worth knowing."""
+    bench = Bench(recovering=True)
+    worker_back(bench, 0, running=[[id_of(1), 1]])  # its owner, who waits for that call, does not come
+    worker_back(bench, 1, replies=True)  # and sends none
+    end_window(bench)
+    bench.advance(bench.state.config.recovery_s + 0.1)
+    assert bench.state.counters["recovery_unheard"] == 2
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0, replies=True)
+    client = client_back(bench)
+    worker.say([REPLIES, 3, [id_of(1)], 1, OK, [4]], packed=b"done")
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    assert bench.state.counters["recovery_unheard"] == 0
+
+
+def test_an_owner_that_goes_again_in_the_window_takes_its_service_along() -> None:
+    """F10, A10: nobody else would ever end it."""
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0)
+    bench.handle_gone(client_back(bench, [SERVICE, "s", {}, True]))
+    end_window(bench)
+    assert isinstance(bench.service().stopping, ServiceStopped)
+    assert worker.of(STOP)
+    assert not bench.service().sessions
+
+
+def test_an_owner_whose_hello_is_refused_owns_nothing() -> None:
+    """F10, W8: also what it had declared before the nonsense."""
+    bench = Bench(recovering=True)
+    worker = worker_back(bench, 0)
+    client = client_back(bench, [SERVICE, "s", {}, True], ["nonsense"])
+    assert client.of(REFUSE)
+    assert not bench.state.clients
+    end_window(bench)
+    assert isinstance(bench.service().stopping, ServiceStopped)
+    assert worker.of(STOP)
+    assert not bench.service().sessions

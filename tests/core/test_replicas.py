@@ -90,3 +90,4 @@ def test_the_pool_agrees_with_a_scan_whatever_comes_and_goes(steps: list[tuple[s
         assert pool.with_room_after(after) is scan.with_room_after(after)
         assert pool.least_loaded_after(after) is scan.least_loaded_after(after)
         assert list(pool) == [pool[at] for at in range(len(pool))]
+        assert [pool.by_idx(idx) for idx in range(6)] == [scan.by_idx(idx) for idx in range(6)]

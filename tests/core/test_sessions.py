@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from forge_broker.core.status import SESSIONS_SHOWN
 from forge_contract.errors import SessionClosed, UnknownSession
-from forge_contract.messages import BYE, OK
+from forge_contract.messages import BYE, CONTROL, OK
 from tests.core.peers import Bench, built_in
 
 
@@ -147,6 +148,49 @@ def test_a_session_ends_with_its_client() -> None:
     other.say([BYE, "done"])
     assert set(bench.service().sessions) == {"s"}
     assert bench.service().pins == {"s": 0}
+
+
+def test_many_sessions_that_end_together_fail_what_waits_in_them_and_nothing_else() -> None:
+    """S1, S2: calls of the clients that stay, in sessions of the one that went and in their own."""
+    bench, client, _, endpoint = opened(1, "mine", replica_max_concurrent_requests=1)
+    leaving = bench.client()
+    for sid in ("a", "b", "c"):
+        leaving.ask("open_session", service="Echo", session=sid)
+    (running,) = client.call(endpoint, b"runs", session="mine")
+    leaving.call(endpoint, b"a", b"b", session=["a", "b"])
+    waiting = client.call(endpoint, b"x", b"b", b"y", session=["mine", "b", "mine"])
+    leaving.say([BYE, "done"])
+    assert isinstance(client.error(waiting[1]), SessionClosed)
+    assert set(bench.service().sessions) == {"mine"}
+    (replica,) = bench.service().replicas.values()
+    assert [request.payload for request in replica.parked] == [b"x", b"y"]
+    assert running not in client.results
+
+
+def test_a_client_that_goes_is_not_told_of_the_calls_it_leaves() -> None:
+    """W8, F5: an error for each would be written for nobody, while all others wait."""
+    bench, client, (worker,), endpoint = opened(1, replica_max_concurrent_requests=1)
+    leaving = bench.client()
+    leaving.call(endpoint, b"runs", *[b"waits"] * 100)
+    link = bench.state.links[leaving.name]
+    bench.handle_gone(leaving)
+    assert len(link.outbox) == 0
+    assert bench.state.held_bytes == 0
+    worker.reply()
+    client.call(endpoint, b"next")
+    assert worker.seen == [b"runs", b"next"]
+
+
+def test_the_state_shows_the_first_sessions_and_where_these_live() -> None:
+    """X5: a broker with many answers at once, and what it shows fits together."""
+    _, client, _, endpoint = opened(1)
+    sids = [f"{at:04}" for at in range(SESSIONS_SHOWN, -1, -1)]
+    client.say(*([CONTROL, at, "open_session", {"service": "Echo", "session": sid}, 0] for at, sid in enumerate(sids)))
+    client.call(endpoint, b"last", b"first", session=[sids[-1], sids[0]])
+    state = client.ask("state", service="Echo")
+    assert state["sessions"] == SESSIONS_SHOWN + 1
+    assert state["active_sessions"] == sorted(sids[:SESSIONS_SHOWN])
+    assert state["session_replica_map"] == {sids[0]: 0}
 
 
 def test_sessions_belong_to_one_service() -> None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from tests.face_to_face.parties import Peer
     from tests.face_to_face.world import World
+
+BACK_S: Final = 0.5  # a hello, its welcome and what was kept, at the slowest
 
 
 class Clock:
@@ -45,7 +47,12 @@ class Connection:
         self.swallow_to_broker = False
         self.swallow_to_peer = False
         self._generation = 0
+        self._back_at = -BACK_S
         self._last = {"to_broker": 0.0, "to_peer": 0.0}
+
+    def hindered(self, now: float) -> bool:
+        """Whether it is down or swallows something; or has just been, and what is said since is still on its way."""
+        return not self.up or self.swallow_to_broker or self.swallow_to_peer or now - self._back_at < BACK_S
 
     def to_broker(self, frames: list[Any]) -> None:
         if not self.up or self.swallow_to_broker:
@@ -110,6 +117,7 @@ class Connection:
         self.routing_id = self.world.new_routing_id()
         self.world.routes[self.routing_id] = self
         self.up = True
+        self._back_at = self.world.clock.now
         self.swallow_to_broker = self.swallow_to_peer = False
         if self.peer.paused:
             self.peer.reconnected_meanwhile = True

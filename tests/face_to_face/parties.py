@@ -43,6 +43,11 @@ class Peer:
         self.connection = Connection(world, self)
         world.routes[self.connection.routing_id] = self.connection
 
+    @property
+    def is_kept_from_speaking(self) -> bool:
+        """By something that outlasts a recovery window."""
+        return self.alive and (self.paused or self.connection.hindered(self.world.clock.now))
+
     def identity(self) -> dict[str, Any]:
         return {"host": self.host, "hostname": self.host, "pid": self.pid, "pid_namespace": 1, "started": self.pid}
 
@@ -72,9 +77,11 @@ class Peer:
         due = self.link.next_deadline()
         if due is not None and (self._wake_at is None or due < self._wake_at):
             self._wake_at = due
-            self.world.clock.at(due, self._wake)
+            self.world.clock.at(due, partial(self._wake, due))
 
-    def _wake(self) -> None:
+    def _wake(self, when: float) -> None:
+        if when != self._wake_at:
+            return
         self._wake_at = None
         self.flush()
 
@@ -173,6 +180,11 @@ class SimClient(Peer):
         ] = {}  # endpoint → arguments of its last successful fan-out, for those that are replayed
         self.beat()
         self.flush()
+
+    @property
+    def is_kept_from_speaking(self) -> bool:
+        """A dead one still has calls that others tell of."""
+        return not self.alive or super().is_kept_from_speaking
 
     def disconnected(self) -> None:
         self.link.disconnected(self.world.clock.now)
@@ -390,9 +402,13 @@ class SimWorker(Peer):
         self.started.append((request, attempt, payload, session))
         self.world.history.append((self.link.name, request, attempt))
         seconds, status, result = self.world.actor(self, method, payload)
-        self._later(seconds, partial(self._finish, request, attempt, status, result, session))
+        self._later(seconds, partial(self._finish, request, attempt, payload, status, result, session))
 
-    def _finish(self, request: int, attempt: int, status: int, payload: bytes, session: str | None) -> None:
+    def _finish(
+        self, request: int, attempt: int, arguments: bytes, status: int, payload: bytes, session: str | None
+    ) -> None:
+        if session is not None:
+            self.world.ended[session, arguments] += 1
         queue = self._queues.get(session) if session is not None else None
         if session is not None and queue is not None:
             self.counts[session] = self.counts.get(session, 0) + 1

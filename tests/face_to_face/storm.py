@@ -25,6 +25,8 @@ CALLS: Final = 60
 EVERY_S: Final = 0.1  # a call
 FAULT_EVERY: Final = 5  # calls
 BOUND_S: Final = 300.0  # virtual, after the last fault: restarts wait ever longer for one that was killed often
+REPLICAS: Final = 3
+SETTLED_S: Final = 10.0  # virtual: who has heard nothing for 5 s asks, and learns that it was given up
 SESSIONS: Final = "ab"
 POISON: Final = b"poison"
 ENDPOINTS: Final = {
@@ -32,12 +34,14 @@ ENDPOINTS: Final = {
     "pay": {"delivery": "at_most_once"},
     "slow": {"hang_timeout_s": 1.0},
     "load": {"replay_last": True},
+    "batch": {"batch_size": 4, "batch_timeout": 0.1},
 }
 # What a call may end with but its value; anything else is a bug.
 EXPECTED: Final = {
     "echo": {"PoisonedRequest"},
     "pay": {"OutcomeUnknown"},
     "slow": {"PoisonedRequest"},
+    "batch": {"PoisonedRequest"},
     "timed": {"CallTimeout", "PoisonedRequest"},
     "mesh": {"PoisonedRequest", "OutcomeUnknown"},
 }
@@ -68,7 +72,7 @@ class Storm:
         self.hand = [world.worker(host="another-host"), world.worker()]
         room = self.random.choice([1, 3, 10])
         self.service = self.near.deploy(
-            num_replicas=3,
+            num_replicas=REPLICAS,
             replica_max_concurrent_requests=room,
             endpoints=ENDPOINTS,
             exports=True,
@@ -78,11 +82,10 @@ class Storm:
         for session in SESSIONS:
             self.near.ask("open_session", service=self.service["service"], session=session, hints={})
         self.calls: list[Call] = []
-        self.by_reply: dict[int, Call] = {}
         self.executed: Counter[bytes] = Counter()
         self.executed_by: Counter[tuple[str, bytes]] = Counter()
         self.dozed: set[SimClient] = set()  # stopped for a while: one that is away for too long is told BrokerLost
-        self.forgetful = False  # a session's state may have died with the broker and its worker at once
+        self.forgetful: set[str] = set()  # sessions whose state may have died with the broker and its worker at once
 
     # The actor.
 
@@ -101,8 +104,30 @@ class Storm:
 
     def call(self, n: int) -> None:
         kind = self.random.choice(
-            ["echo", "session", "session", "fanout", "mesh", "timed", "priority", "pay", "slow", "mortal"]
+            [
+                "echo",
+                "session",
+                "session",
+                "fanout",
+                "mesh",
+                "timed",
+                "priority",
+                "pay",
+                "slow",
+                "mortal",
+                "batch",
+                "burst",
+            ]
         )
+        if kind in ("batch", "burst"):
+            # Some go together: as one batch, or held as one.
+            name = "batch" if kind == "batch" else "echo"
+            for at in range(self.random.randrange(1, 6)):
+                one = b"%d.%d" % (n, at)
+                reply = self.near.call(self.service, name, payload=one, flush=False)
+                self.calls.append(Call(name, self.near, reply, one, None))
+            self.near.flush()
+            return
         payload = str(n).encode()
         if kind == "slow":
             payload += b"slow"
@@ -151,11 +176,12 @@ class Storm:
             if isinstance(peer, SimClient):
                 self.dozed.add(peer)
             world.clock.at(world.clock.now + draw() * 8, peer.resume)
-            self.forgetful |= world.broker_is_down or world.broker.state.window is not None
+            if isinstance(peer, SimWorker) and (world.broker_is_down or world.broker.state.window is not None):
+                self.forgetful |= set(peer.counts)  # a zombie, or killed, as nobody else has them
         elif kind == 6:
             self._cancel()
         elif kind == 7 and not world.broker_is_down and draw() < 0.5:
-            self.forgetful |= not all(map(self._lives, SESSIONS))
+            self.forgetful |= {sid for sid in SESSIONS if not self._lives(sid)}
             world.kill_broker(draw() * 2)
         elif kind == 8:
             world.faults["delay"] += 1
@@ -169,6 +195,8 @@ class Storm:
             name = self.service["name"]
             if draw() < 0.5:
                 self.near.control("restart", {"service": name})
+            elif draw() < 0.5:
+                self.near.control("drain", {"target": f"{name}/{self.random.randrange(REPLICAS)}"})  # for good
             else:
                 self.near.control("drain", {"target": f"{self.mesh['name']}/0"})  # refused: it is the last
         elif kind == 11 and self.mortal.alive and draw() < 0.2:
@@ -210,6 +238,7 @@ class Storm:
             self.world.run_for(CALLS * EVERY_S)
             self.world.duplicates = 0.0
             self.world.run_until(self._all_answered, BOUND_S)
+            self.world.run_for(SETTLED_S)
             self._judge()
         except AssertionError as error:
             raise Lost(f"storm {self.seed}: {error}") from error
@@ -221,23 +250,34 @@ class Storm:
         )
 
     def _gave_up(self, call: Call) -> bool:
-        return call.reply in call.client.lost_waiters and self._was_away(call.client)
+        return call.reply in call.client.lost_waiters and self._was_lost(call.client)
 
-    def _was_away(self, client: SimClient) -> bool:
-        return client in self.dozed or (client.was_lost and self.world.faults["broker killed"] > 0)
+    def _was_lost(self, client: SimClient) -> bool:
+        """Whether a broker gave it up, and with it all it had started. Only of one that was stopped or whose broker died."""
+        if client not in self.dozed and not self.world.faults["broker killed"]:
+            return False
+        return client.was_lost or self._recovered_without(client)
+
+    def _recovered_without(self, client: SimClient) -> bool:
+        """A broker stopped its services and died before it could say so."""
+        absent = {f"the client that started {deed['name']}" for deed in client.deeds.values()}
+        return any(
+            note.event == "recovered" and not absent.isdisjoint(note.fields["missing"]) for note in self.world.notes
+        )
 
     def _judge(self) -> None:
         self.forgetful |= self.world.states_lost
         if self.world.faults["broker killed"]:
             # A reply may die with its broker and its worker while the checkpoint that includes it lives in the session's next
             # worker: the call runs again (it is delivered at least once), on a state that has it already.
-            sent = [call for call in self.calls if call.session is not None]
-            self.forgetful |= any(self.executed[call.payload] > 1 for call in sent)
+            self.forgetful |= {
+                call.session
+                for call in self.calls
+                if call.session is not None and self.world.ended[call.session, call.payload] > 1
+            }
         twice = [where for where, count in self.executed_by.items() if count > 1]
         # The recovery window waits for who announced replies, but not as long as a deaf connection or a stopped process can last.
-        faults = self.world.faults
-        missed = faults["broker killed"] and (faults["half_open"] or faults["paused"])
-        assert not twice or missed, f"run twice by one worker, which no death explains: {twice}"
+        assert not twice or self.world.unheard, f"run twice by one worker, which no death explains: {twice}"
         counts: Counter[str] = Counter()
         poisoned: set[str] = set()
         for call in self.calls:
@@ -249,13 +289,13 @@ class Storm:
             if call.session is not None:
                 counts[call.session] += 1
                 wanted = b"%d" % counts[call.session]
-                if reply.error in ("ServiceStopped", "UnknownService") and self._was_away(self.near):
+                if reply.error in ("ServiceStopped", "UnknownService") and self._was_lost(self.near):
                     continue
                 if reply.error == "PoisonedRequest":
                     poisoned.add(
                         call.session
                     )  # killed by chance on three replicas, the last time alone: it never ended
-                if not self.forgetful and call.session not in poisoned:
+                if call.session not in self.forgetful | poisoned:
                     assert reply.status == OK, f"{call.payload!r} of session {call.session} failed: {reply.error}"
                     assert bytes(reply.payload) == wanted, (
                         f"call {wanted!r} of session {call.session} was answered {bytes(reply.payload)!r}"
@@ -263,14 +303,14 @@ class Storm:
             elif call.kind != "fanout" and reply.status == FAILED:
                 allowed = EXPECTED.get(call.kind, EXPECTED["echo"])
                 # A client that is away for too long loses what it started.
-                ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_away(
+                ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_lost(
                     self.far if call.kind == "mesh" else self.near
                 )
                 assert reply.error in allowed or ended, f"{call.kind} {call.payload!r} failed with {reply.error}"
             if call.kind == "pay":
                 assert self.executed[call.payload] <= 1, f"at most once, and ran {self.executed[call.payload]} times"
             if call.payload.endswith(POISON):
-                ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_away(self.near)
+                ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_lost(self.near)
                 assert reply.error == "PoisonedRequest" or ended, f"poison ended with {reply.status}, {reply.error}"
                 # A death that the broker chose (a drain, a stopped process) convicts nobody, though poison was its cause.
                 chosen = ("broker killed", "drained worker", "drain or restart", "paused", "half_open")

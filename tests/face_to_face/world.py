@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from forge_broker.core import invariants
@@ -47,7 +48,10 @@ class World:
         self.notes: list[Note] = []
         self.history: list[tuple[str, int, int]] = []  # (worker, request, attempt) as calls start
         self.replays: list[tuple[str, bytes]] = []  # (worker, arguments) as they are played
-        self.states_lost = False  # a worker died with its sessions' states as no broker had them
+        self.states_lost: set[str] = set()  # sessions whose worker died with their states as no broker had them
+        self.ended: Counter[tuple[str, bytes]] = Counter()  # (session, arguments) as calls of sessions end
+        self._unheard_before = 0  # of the brokers before this one
+        self._unheard_here = 0  # of this one, as far as it has been looked at
         self.exited = False
         self.routes: dict[bytes, Connection] = {}
         self.peers: dict[str, Peer] = {}
@@ -92,6 +96,7 @@ class World:
 
         def started() -> None:
             self.broker_is_down = False
+            self._unheard_before, self._unheard_here = self.unheard, 0
             self.broker = self._new_broker(recovering=True)
             self._tick_at = None
             self._schedule_tick()
@@ -131,24 +136,33 @@ class World:
             return
         self._carry_out(self.broker.handle(event, self.clock.now))
         self._carry_out(self.broker.tick(self.clock.now))
+        self._settled()
+
+    def _settled(self) -> None:
         self._send_waiting()
         invariants.check(self.broker)
+        heard = self.broker.state.counters["recovery_unheard"]
+        if heard > self._unheard_here:
+            self._unheard_here = heard
+            assert any(peer.is_kept_from_speaking for peer in self.peers.values()), (
+                f"the recovery window has ended without {heard} peers, and nothing kept them from speaking"
+            )
         self._schedule_tick()
 
     def _schedule_tick(self) -> None:
         due = self.broker.next_deadline()
         if due is not None and (self._tick_at is None or due < self._tick_at):
             self._tick_at = due
-            self.clock.at(due, self._tick)
+            self.clock.at(due, partial(self._tick, due))
 
-    def _tick(self) -> None:
+    def _tick(self, when: float) -> None:
+        if when != self._tick_at:
+            return  # something earlier came up since, and whoever looked then has asked again
         self._tick_at = None
         if self.broker_is_down:
             return
         self._carry_out(self.broker.tick(self.clock.now))
-        self._send_waiting()
-        invariants.check(self.broker)
-        self._schedule_tick()
+        self._settled()
 
     def _send_waiting(self) -> None:
         while self._waiting:
@@ -215,7 +229,7 @@ class World:
             and peer.counts
             and (self.broker_is_down or self.broker.state.window is not None)
         ):
-            self.states_lost = True
+            self.states_lost |= set(peer.counts)
         if isinstance(peer, SimWorker) and self.launched.get(peer.launch) is peer:
             del self.launched[peer.launch]
             launch = peer.launch
@@ -243,6 +257,11 @@ class World:
         self.clock.now = until
 
     # Looking.
+
+    @property
+    def unheard(self) -> int:
+        """How many peers had not said what they had to say when a recovery window ended."""
+        return self._unheard_before + self.broker.state.counters["recovery_unheard"]
 
     def workers_of(self, replica: str) -> list[SimWorker]:
         return [

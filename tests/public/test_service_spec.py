@@ -2,8 +2,7 @@
 """Every code block of the service's specification, run as it stands: only what it leaves open (a class, `model`, `inputs`) is
 supplied around it. Untyped where the specification is.
 
-The last test compares: a block that was changed there, or added, is missed here. The one block that cannot mean here what it
-says is batching's: until that issue lands calls are routed one by one, which its test allows. The broker has 8 declared GPUs.
+The last test compares: a block that was changed there, or added, is missed here. The broker has 8 declared GPUs.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ async def test_stateless_calls() -> None:
 
 
 async def test_batch_routing() -> None:
-    """A9, S4: each of the 16 is answered once, over four replicas."""
+    """A9, B1: 16 calls gathered together are exactly two batches of 8, on two of the four replicas, the next two on the others."""
     inputs = range(16)
 
     def model(x):
@@ -132,9 +131,16 @@ async def test_batch_routing() -> None:
 
     await asyncio.gather(*(service.predict.route(data) for data in inputs))
 
-    metrics = await service.get_metrics()
-    assert sum(replica.total_requests for replica in metrics.replica_metrics.values()) == 16
+    told = (await service.state())["batches"]["predict"]
+    assert (told["batches"], told["reasons"], told["sizes"]) == (2, {"size": 2}, {"8": 2})
+    assert await requests_by_replica(service) == [8, 8, 0, 0]
     assert await asyncio.gather(*(service.predict.route(data) for data in inputs)) == [2 * x for x in inputs]
+    assert await requests_by_replica(service) == [8, 8, 8, 8]
+
+
+async def requests_by_replica(service: Service) -> list[int]:
+    metrics = await service.get_metrics()
+    return [replica.total_requests for replica in metrics.replica_metrics.values()]
 
 
 async def test_a_custom_router_always_picks_the_first_replica() -> None:

@@ -45,7 +45,7 @@ def test_a_second_broker_on_an_address_is_refused_and_told_who_holds_it(tmp_path
         assert str(first.process.pid) in str(error)
         assert second.wait() == 2
         with RawPeer(first.address) as peer:
-            peer.greet()  # the first one still has its socket
+            assert peer.greet()["trusted"] is True  # the first one still has its socket
 
 
 def test_a_broker_may_take_the_address_of_one_that_was_killed(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_broker_may_take_the_address_of_one_that_was_killed(tmp_path: Path) ->
         first.process.kill()
         first.wait()
     with BrokerProcess(**settings) as second, RawPeer(second.address) as peer:
-        peer.greet()
+        assert peer.greet()["trusted"] is True
 
 
 def test_a_tcp_port_in_use_is_named(tmp_path: Path) -> None:

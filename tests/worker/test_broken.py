@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from forge_contract.errors import ReplicaLost, from_wire
-from forge_contract.messages import ASSIGN, BYE, OK, RAISED, READY, REPLAY, REPLIES, UNREADY
+from forge_contract.messages import ASSIGN, BYE, OK, RAISED, READY, REPLAY, REPLIES, UNREADY, sequence_of
 from forge_contract.payload import decode_exception, encode_call
 from forge_worker.fatal import breaks_process
 from forge_worker.runtime import EXIT_DRAINED
@@ -175,10 +175,12 @@ def test_a_worker_without_any_memory_left_answers_or_dies(broker: FakeBroker) ->
         ready(broker, "Greedy", "take_all", "echo")
         broker.call(0, (1, ()))
         broker.call(1, (2, (bytes(1 << 16),)))
-        broker.until(
-            lambda: process.poll() is not None or sum(len(m[2]) for m, _ in broker.said if m[0] == REPLIES) == 2,
-            "replies or end",
-        )
+
+        def answered() -> set[int]:
+            return {sequence_of(one) for message, _ in broker.said if message[0] == REPLIES for one in message[2]}
+
+        broker.until(lambda: process.poll() is not None or len(answered()) == 2, "replies or end")
+        assert answered() == {1, 2} or process.returncode != 0
 
 
 # Being stopped, and by whom.
@@ -189,14 +191,14 @@ def test_a_stop_for_good_has_its_own_exit_code(broker: FakeBroker) -> None:
     with Child(broker) as process:
         breakable(broker)
         broker.stop(replace=False)
-        goodbye(broker, process, code=EXIT_DRAINED)
+        assert goodbye(broker, process, code=EXIT_DRAINED) == "stopped by the test"
     with Child(broker) as process:
         broker.until(lambda: len(broker.hellos) == 2, "second hello")
         breakable(broker)
         broker.call(FOREVER, (1, ()))
         broker.stop(0.3)
         broker.stop(0.3, replace=False)
-        goodbye(broker, process, code=EXIT_DRAINED)
+        assert goodbye(broker, process, code=EXIT_DRAINED) == "stopped by the test"
 
 
 def test_a_signal_lets_running_calls_finish_and_takes_nothing_new(broker: FakeBroker) -> None:

@@ -13,7 +13,19 @@ import cloudpickle
 import pytest
 
 from forge_contract.errors import BatchError, PayloadTooLarge, RemoteError, SerializationError, TrustRequired, from_wire
-from forge_contract.messages import BEGIN, DROPPED, FAILED, MASTER, OK, RAISED, READY, STOP, UNREADY, UNTOUCHED
+from forge_contract.messages import (
+    BEGIN,
+    DROPPED,
+    FAILED,
+    MASTER,
+    OK,
+    RAISED,
+    READY,
+    REPLIES,
+    STOP,
+    UNREADY,
+    UNTOUCHED,
+)
 from forge_contract.payload import decode_exception
 from tests.worker.fake_broker import BOUND_S, Child, FakeBroker, goodbye, start
 
@@ -232,7 +244,8 @@ def test_a_call_that_outlasts_the_grace_does_not_keep_the_worker(broker: FakeBro
         broker.call(0, (1, (60.0,)))
         broker.call(1, (2, ("stuck",)))
         broker.stop(grace_s=0.1)
-        goodbye(broker, process, bound_s=10.0)
+        assert goodbye(broker, process, bound_s=10.0) == "stopped by the test"
+        assert not [message for message, _ in broker.said if message[0] == REPLIES]  # neither had ended
 
 
 def test_teardown_runs_and_its_failure_is_told(broker: FakeBroker, tmp_path: Path) -> None:

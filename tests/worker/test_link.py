@@ -157,8 +157,24 @@ def test_statuses_that_differ_are_a_column() -> None:
     assert envelope.body == [[REPLIES, 1, [1, 2], [1, 2], [0, 3], [0, 0]]]
 
 
+@pytest.mark.parametrize("batches", [[], [2], [2, 2], [0, 3], [-1, 4], [1.5, 1.5], ["3"], 3, [True, 2], [[3]]])
+def test_batches_that_do_not_add_up_are_not_run(batches: Any) -> None:
+    """B2"""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2, 3], 1, [0, 0, 0], {"batches": batches}])
+    assert talk.link.take() == []
+    assert talk.link.refused_messages == 1
+    assert talk.link.running == {}
+    talk.say([DISPATCH, 1, 0, True, [1, 2, 3], 1, [0, 0, 0], {"batches": [1, 2]}])
+    (run,) = talk.link.take()
+    assert isinstance(run, Run)
+    assert run.batches == [1, 2]
+
+
 def test_a_reply_to_what_does_not_run_is_a_fault_of_ours() -> None:
     talk = Talk().assigned()
+    with pytest.raises(KeyError, match="some do not run here"):
+        talk.link.reply_all([8, 9], [1, 1], [0, 0], [b"", b""])
     with pytest.raises(KeyError, match="attempt 1 of request 9"):
         talk.link.reply(9, 1, 0, b"")
 
@@ -293,6 +309,7 @@ def test_a_broker_that_does_not_know_us_is_told_what_we_hold() -> None:
         "rank": 0,
         "ready": True,
         "running": [[2, 1]],
+        "batches": [],
         "replies": True,
         "sessions": [["s", 0.0], ["t", 0.0]],
     }

@@ -61,8 +61,8 @@ async def test_calls_that_never_wait_make_no_task_of_their_own() -> None:
     ended = Ended()
     before = len(asyncio.all_tasks())
     ended.put(*(give(number) for number in range(50)))
-    assert len(asyncio.all_tasks()) == before + 1
     assert await ended.all(50) == {number + 1: number for number in range(50)}
+    assert len(asyncio.all_tasks()) == before + 1
     assert all(call.task is None for call in ended.calls.values())
 
 

@@ -53,7 +53,7 @@ def test_a_child_that_dies_is_replaced_by_a_clean_one(broker: FakeBroker) -> Non
         assert second["holds"] is None
         assert second["labels"] == {"zone": "a"}
         assert process.stderr is not None
-        assert b"exited with 7" in process.stderr.readline()
+        assert b"ended (exit code 7)" in process.stderr.readline()
         process.terminate()
         assert process.wait(timeout=BOUND_S) == 0
 

@@ -1,0 +1,226 @@
+"""Replies from workers: each is taken out of the ledger and answered, or refused; the freed room is given away.
+
+The way back of the hot path: a run of plain replies to calls of one Slice keeps the books once for all of them, everything else goes
+one by one. What becomes of calls that were given back untouched is for `returns` to say.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from forge_broker.core.answers import Answers, Run, packed
+from forge_broker.core.clients import Client
+from forge_broker.core.columns import part, read_replies
+from forge_broker.core.deadlines import Kind
+from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.replicas import LEAVING, Replica
+from forge_broker.core.requests import Request, Slice
+from forge_broker.core.returns import Returns
+from forge_broker.core.services import Service
+from forge_broker.core.state import State
+from forge_broker.core.workers import Worker
+from forge_contract.errors import CallCancelled
+from forge_contract.framing import Payload, Payloads
+from forge_contract.messages import DROPPED, FAILED, OK, SEQUENCE_MASK, UNTOUCHED, show_request, spread
+
+METRICS_EVERY_S = 1.0
+
+
+class Ends:
+    """What the replies of one envelope come to."""
+
+    __slots__ = ("client", "count", "latency_s", "replica", "room", "run", "succeeded", "untouched", "worker")
+
+    def __init__(self, replica: Replica, worker: Worker) -> None:
+        self.replica = replica
+        self.worker = worker
+        self.client: Client | None = None  # whose replies these are at present: nearly always all of them
+        self.run: Run | None = None  # ordinary ends of calls of that client, that are no Slice's
+        self.count = 0
+        self.room = 0  # units of it that are free again
+        self.succeeded = 0
+        self.latency_s = 0.0  # all together
+        self.untouched: list[Request] = []  # given back
+
+
+class Replies:
+    def __init__(self, state: State, answers: Answers, returns: Returns, dispatch: Dispatch) -> None:
+        self._state = state
+        self._answers = answers
+        self._returns = returns
+        self._dispatch = dispatch
+
+    def take(self, worker: Worker, message: list[Any], payloads: Payloads, now: float) -> None:
+        """REPLIES: each is taken out of the ledger or refused (fenced, W3), and the freed room is given away."""
+        epoch, ids, attempts, statuses, sizes = read_replies(message)
+        state = self._state
+        replica: Replica | None = worker.replica
+        if replica is None or epoch != replica.epoch:
+            payloads.take_all(sizes)
+            self._refuse(ids, attempts, worker, now)
+            return
+        ends = Ends(replica, worker)
+        held = state.ledger.held[replica.key]
+        plain = attempts == 1 and statuses == OK and bool(sizes) and min(sizes) >= 0
+        runs = [(one, sum(1 for _ in run)) for one, run in groupby(map(held.get, ids))] if plain else [(None, len(ids))]
+        at = 0
+        for one, count in runs:
+            end = at + count
+            if type(one) is not Slice or not self._end_slice(one, ids[at:end], sizes[at:end], payloads, ends, now):
+                taken = payloads.take_all(sizes[at:end])
+                self._end_each(ids[at:end], part(attempts, at, end), part(statuses, at, end), taken, ends, now)
+            at = end
+        if ends.run is not None:
+            self._answers.answer_run(ends.run, worker.trusted)
+        self._make_room(ends, now)
+
+    def _end_slice(
+        self, one: Slice, ids: list[int], sizes: list[int], payloads: Payloads, ends: Ends, now: float
+    ) -> bool:
+        """Plain replies to calls of one slice; False: they are no longer, or not all, of it."""
+        left = one.left
+        wanted = set(ids)
+        if len(wanted) < len(ids) or not wanted <= left.keys():
+            return False
+        client: Client = one.client
+        calls, held = client.calls, one.held
+        bytes_ = 0
+        for key in ids:
+            bytes_ += left.pop(key)
+            del calls[key]
+            del held[key]
+        self._state.held_bytes -= bytes_
+        client.held_bytes -= bytes_
+        client.answered += len(ids)
+        if client is not ends.client:
+            self._next_client(ends, client)
+        client.add_run(
+            [key & SEQUENCE_MASK for key in ids], OK, sizes, payloads.take_packed(sizes), ends.worker.trusted
+        )
+        self._state.deliver(client)
+        ends.count += len(ids)
+        ends.succeeded += len(ids)
+        ends.latency_s += (now - one.queued_at) * len(ids)
+        ends.room += len(ids) if one.batch is None else one.batch.ended(len(ids))
+        return True
+
+    def _end_each(
+        self, ids: list[int], attempts: list[int], statuses: list[int], taken: list[Payload], ends: Ends, now: float
+    ) -> None:
+        """Replies, one by one."""
+        state = self._state
+        replica, worker = ends.replica, ends.worker
+        held = state.ledger.held[replica.key]
+        trusted = worker.trusted
+        number = worker.channel.received  # of the envelope that this is in
+        for key, attempt, status, payload in zip(ids, attempts, statuses, taken, strict=True):
+            request = state.ledger.one(replica, key)
+            if request is None or request.attempt != attempt:
+                self._refuse([key], attempt, worker, now)
+                continue
+            if request.parts is not None:
+                if request.rank not in (None, worker.rank):
+                    state.ledger.fenced += 1
+                    continue
+                request.parts[worker.rank] = (status, payload, trusted)
+                if len(request.parts) < (1 if request.rank is not None else len(replica.ranks)):
+                    worker.unsettled.append((number, request, 0))
+                    continue
+                status = UNTOUCHED if any(one[0] == UNTOUCHED for one in request.parts.values()) else status  # noqa: PLW2901
+            del held[key]
+            ends.count += 1
+            ends.room += 1 if request.batch is None else request.batch.ended(1)
+            ends.latency_s += now - request.queued_at
+            if request.session is not None and (session := replica.service.sessions.get(request.session)) is not None:
+                session.used_at = now  # a call that ran until now was use until now
+                session.ran = True
+            if request.answered:
+                continue
+            if status == OK:
+                ends.succeeded += 1
+            if status == UNTOUCHED:
+                ends.untouched.append(request)
+            elif request.parts is None and request.gather is None and status != DROPPED:
+                if request.client is not ends.client:
+                    self._next_client(ends, request.client)
+                run = ends.run
+                if run is None:
+                    run = ends.run = Run(request.client)
+                del run.calls[key]
+                run.bytes += request.size
+                run.sequences.append(key & SEQUENCE_MASK)
+                run.statuses.append(status)
+                run.payloads.append(payload)
+            else:
+                self.ended(request, replica, status, payload, trusted)
+                worker.unsettled.append((number, request, 0))
+
+    def _next_client(self, ends: Ends, client: Client) -> None:
+        """The replies from here on are another client's."""
+        worker = ends.worker
+        if ends.run is not None:
+            self._answers.answer_run(ends.run, worker.trusted)
+            ends.run = None
+        ends.client = client
+        worker.unsettled.append((worker.channel.received, client, client.channel.sent + 1))
+
+    def _refuse(self, ids: list[int], attempts: int | list[int], worker: Worker, now: float) -> None:
+        """Late replies: somebody else has the calls, or nobody any more (W3)."""
+        self._state.ledger.fenced += len(ids)
+        for key, attempt in zip(ids, spread(attempts, len(ids)), strict=True):
+            self._state.story.tell(now, show_request(key), f"refused a reply of attempt {attempt} from {worker.name}")
+
+    def _make_room(self, ends: Ends, now: float) -> None:
+        """Calls have ended on a replica: count them, and give their room to who waits."""
+        if not ends.count:
+            return
+        state, replica, untouched = self._state, ends.replica, ends.untouched
+        failed = ends.count - ends.succeeded - len(untouched)
+        replica.stats.ended(ends.succeeded, failed, ends.latency_s, now)
+        service: Service = replica.service
+        if replica.pool is None:
+            replica.active -= ends.room
+        elif ends.room:
+            replica.pool.gave(replica, ends.room)
+        if untouched:
+            if replica.pool is not None:
+                if service.cell is replica:
+                    service.cell = None
+                replica.pool.close(replica, LEAVING)  # its worker is leaving: what it got now would come back at once
+            self._returns.take_back(replica, untouched, f"{replica.name} gave it back", now, lost=False)
+        if service.watchers and not service.metrics_at:
+            service.metrics_at = now + METRICS_EVERY_S
+            state.deadlines.add(service.metrics_at, Kind.METRICS, service.id)
+        if replica.parked.length:
+            service.wake(replica.parked)
+        self._dispatch.pump(service, now)
+
+    def ended(self, request: Request, replica: Replica, status: int, payload: Payload, trusted: bool) -> None:
+        """All ranks that run this call have ended it: answer, or add the part to its fan-out."""
+        parts = request.parts
+        gather = request.gather
+        if parts is None and gather is None:
+            assert status == DROPPED  # `replies` answers the ordinary ones itself
+            why = f"{replica.name} dropped it"
+            self._answers.fail(request, CallCancelled(endpoint=request.endpoint.full_name, why=why))
+            return
+        service: Service = replica.service
+        found = parts or {0: (status, payload, trusted)}
+        if any(one[0] == DROPPED for one in found.values()):
+            dropped = packed(CallCancelled(endpoint=request.endpoint.full_name, why=f"{replica.name} dropped it"))
+            found = {rank: (FAILED, dropped, True) if one[0] == DROPPED else one for rank, one in found.items()}
+        if gather is None and request.rank is not None:
+            self._answers.answer(request, *found[request.rank])
+            return
+        if service.kind == "service" and service.config.return_first_rank_result:
+            wrong = [rank for rank in sorted(found) if found[rank][0] != OK]
+            found = {0: found[wrong[0]] if wrong else found[0]}
+            if gather is None:
+                self._answers.answer(request, *found[0])
+                return
+        points = {(replica.idx, rank): one for rank, one in found.items()}
+        if gather is None:
+            self._answers.answer_parts(request, points)
+        else:
+            self._answers.gathered(gather, replica.idx, points)

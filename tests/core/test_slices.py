@@ -1,0 +1,159 @@
+"""Calls held as one (C2): a way of holding them that nobody outside can tell from holding each by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from forge_broker.core.requests import Request, Slice
+from forge_contract.errors import CallCancelled
+from forge_contract.messages import DROP, OK, RAISED, REPLIES, UNTOUCHED
+from tests.core.peers import Bench, ClientPeer, WorkerPeer
+
+
+def kinds(bench: Bench, client: ClientPeer) -> list[type]:
+    return [type(call) for call in bench.state.clients[client.id].calls.values()]
+
+
+def reply(worker: WorkerPeer, *calls: tuple[int, int, bytes], attempts: int | list[int] = 1, status: int = OK) -> None:
+    """These, in this order, whatever the worker believes it holds."""
+    ids, sizes = [call[0] for call in calls], [len(call[2]) for call in calls]
+    worker.say(
+        [REPLIES, worker.replica_epoch, ids, attempts, status, sizes], packed=b"".join(call[2] for call in calls)
+    )
+
+
+def test_plain_calls_of_an_envelope_are_held_as_one_for_each_replica_they_go_to() -> None:
+    """C2: and are answered in one run."""
+    bench, client, (one, two), endpoint = Bench().serving(2)
+    client.call(endpoint, b"a", b"bb", b"", b"dddd")
+    assert kinds(bench, client) == [Slice] * 4
+    assert len(set(bench.state.clients[client.id].calls.values())) == 2
+    assert (one.seen, two.seen) == ([b"a", b"bb"], [b"", b"dddd"])
+    one.reply()
+    two.reply(1)
+    assert client.results == {1: (OK, b"a"), 2: (OK, b"bb"), 3: (OK, b"")}
+    assert kinds(bench, client) == [Slice]
+    two.reply()
+    assert client.results[4] == (OK, b"dddd")
+    assert bench.state.held_bytes == 0
+
+
+def test_what_finds_no_room_waits_by_itself() -> None:
+    """R1: late binding is for each call."""
+    bench, client, (worker,), endpoint = Bench().serving(1, replica_max_concurrent_requests=2)
+    client.call(endpoint, b"a", b"b", b"c", b"d")
+    assert kinds(bench, client) == [Slice, Slice, Request, Request]
+    worker.reply(1)
+    assert worker.seen == [b"a", b"b", b"c"]
+
+
+@pytest.mark.parametrize("column", [{"timeout": 5.0}, {"priority": 1}, {"hints": {"k": 1}}])
+def test_calls_with_more_than_arguments_are_held_by_themselves(column: dict[str, object]) -> None:
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    client.call(endpoint, b"a", b"b", **column)
+    assert kinds(bench, client) == [Request, Request]
+    worker.reply()
+    assert len(client.results) == 2
+
+
+def test_a_lost_replica_gives_back_what_is_left_in_its_old_order() -> None:
+    """F2, F3: attempt 2, and what was answered is not among it."""
+    _bench, client, (one, two), endpoint = Bench().serving(2)
+    client.call(endpoint, b"a", b"b", b"c", b"d", b"e", b"f")
+    held = one.calls
+    reply(one, held[1])
+    one.die()
+    assert client.results == {2: (OK, b"b")}
+    assert [(attempt, payload) for _, attempt, payload in two.calls[3:]] == [(2, b"a"), (2, b"c")]
+    two.reply()
+    assert sorted(client.results) == [1, 2, 3, 4, 5, 6]
+
+
+def test_one_of_many_is_cancelled_and_the_others_are_not() -> None:
+    """F5: its room comes back when the worker has really ended it."""
+    bench, client, (worker,), endpoint = Bench().serving(1, replica_max_concurrent_requests=3)
+    first, second, third = client.call(endpoint, b"a", b"b", b"c")
+    client.cancel(second)
+    assert isinstance(client.error(second), CallCancelled)
+    assert worker.of(DROP) == [[DROP, client.ids([second])]]
+    assert bench.service().replicas[0].active == 3
+    worker.reply()
+    assert bench.service().replicas[0].active == 0
+    assert (client.results[first], client.results[third]) == ((OK, b"a"), (OK, b"c"))
+
+
+def test_a_client_that_goes_leaves_none_of_them_behind() -> None:
+    """F5."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    other = bench.client()
+    other.call(endpoint, b"a", b"b")
+    client.call(endpoint, b"c")
+    bench.handle_gone(other)
+    assert worker.of(DROP) == [[DROP, other.ids([1, 2])]]
+    worker.reply()
+    assert client.results == {1: (OK, b"c")}
+    assert bench.state.held_bytes == 0
+
+
+def test_a_reply_that_comes_twice_in_one_envelope_is_refused_the_second_time() -> None:
+    """W3."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    client.call(endpoint, b"a", b"b")
+    first, second = worker.calls
+    reply(worker, first, first, second)
+    assert client.results == {1: (OK, b"a"), 2: (OK, b"b")}
+    assert bench.state.ledger.fenced == 1
+
+
+def test_a_reply_of_another_attempt_is_refused_and_the_call_goes_on() -> None:
+    """W3."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    client.call(endpoint, b"a", b"b")
+    reply(worker, *worker.calls, attempts=2)
+    assert client.results == {}
+    assert bench.state.ledger.fenced == 2
+    worker.reply()
+    assert sorted(client.results) == [1, 2]
+
+
+def test_replies_to_calls_of_several_envelopes_and_clients_may_come_mixed() -> None:
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    other = bench.client()
+    client.call(endpoint, b"a", b"b")
+    other.call(endpoint, b"c", b"d")
+    client.call(endpoint, b"e", timeout=9.0)
+    a, b, c, d, e = worker.calls
+    reply(worker, a, c, e, d, b)
+    assert client.results == {1: (OK, b"a"), 2: (OK, b"b"), 3: (OK, b"e")}
+    assert other.results == {1: (OK, b"c"), 2: (OK, b"d")}
+
+
+def test_large_results_of_calls_held_as_one_keep_their_frames() -> None:
+    """W1."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    client.call(endpoint, b"a", b"b")
+    ids = [call[0] for call in worker.calls]
+    worker.say([REPLIES, worker.replica_epoch, ids, 1, OK, [1, -1]], packed=b"x", large=(b"L" * 9,))
+    assert client.results == {1: (OK, b"x"), 2: (OK, [b"L" * 9])}
+    assert bench.state.held_bytes == 0
+
+
+def test_a_failure_and_a_call_given_back_are_told_apart() -> None:
+    """F2: statuses of their own end the holding as one."""
+    _bench, client, (one, two), endpoint = Bench().serving(2)
+    client.call(endpoint, b"a", b"b", b"c", b"d")
+    ids = [call[0] for call in one.calls]
+    one.say([REPLIES, one.replica_epoch, ids, 1, [RAISED, UNTOUCHED], [1, 0]], packed=b"!")
+    assert client.results == {1: (RAISED, b"!")}
+    assert [payload for _, _, payload in two.calls] == [b"c", b"d", b"b"]
+
+
+def test_an_id_used_again_is_never_held_as_one_with_others() -> None:
+    """W3: the ledger could not tell the two apart."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    client.honest = False
+    client.call(endpoint, b"a", b"b")
+    client.sequence = 1
+    client.call(endpoint, b"again", b"new")  # sequences 2 and 3
+    assert worker.seen == [b"a", b"b", b"new"]
+    assert bench.state.counters["reused_ids"] == 1
