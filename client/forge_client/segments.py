@@ -17,6 +17,7 @@ removed by the broker; a reader that has mapped a file keeps it, removed or not.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -33,13 +34,15 @@ from forge_contract.framing import Payload
 from forge_contract.segments import DIRECTORY, Place, Terms, can_open, handle, lay_out
 
 _GENERATION: Final = struct.Struct("<Q")
-# A segment costs its owner two descriptors and each of its readers one; a process often may have but 1024.
+# A segment costs its owner two descriptors, as it does each of its readers; a process often may have but 1024.
 SEGMENTS_AT_MOST: Final = 128
 MAPPED_AT_MOST: Final = 128
 MAPPINGS_KEPT: Final = 16
 TRIED_AT_MOST: Final = 8  # segments that may turn out to be still looked at, before a new one is made
 UNUSED_S: Final = 30.0  # what was not needed for so long is given back to the system at the next look
 FULL_S: Final = 1.0  # how long a full /dev/shm is not asked again: an allocation that fails zeroes pages first
+# Of what is free. Others need shared memory as well, and a container often has but 64 MiB: nobody is to find it full because of us.
+SHARE_OF_FREE: Final = 0.5
 
 
 class _Segment:
@@ -122,9 +125,8 @@ class Pool:
         self._lock = threading.Lock()
         self._counted = 0
         self._segments: set[_Segment] = set()
-        self._unused: list[
-            _Segment
-        ] = []  # of them, those without a handle, the longest unused first; readers may still look
+        # Of them, those without a handle, the longest unused first; readers may still look.
+        self._unused: list[_Segment] = []
         # Handles may be collected at any moment, within this lock too: what they give back is laid here first.
         self._given_back: deque[_Segment] = deque()
         self._full_until = 0.0
@@ -201,6 +203,8 @@ class Pool:
             return None
         self._counted += 1
         try:
+            if size > _free_bytes(self._directory) * SHARE_OF_FREE:
+                raise OSError(errno.ENOSPC, "too little shared memory would be left to others")
             segment = _Segment(self._directory, f"{self._terms.prefix}-{self._owner}-{self._counted}", size)
         except OSError:
             self._full_until = now + FULL_S  # no space, no descriptors, no such directory: frames will do
@@ -214,6 +218,11 @@ class Pool:
         self._segments.discard(segment)
         self.bytes -= segment.size
         segment.discard()
+
+
+def _free_bytes(directory: str) -> int:
+    place = os.statvfs(directory)
+    return place.f_bavail * place.f_frsize
 
 
 def _rounded(size: int) -> int:
@@ -313,13 +322,10 @@ def _is_clean(address: int, size: int) -> bool:
     """Whether nobody wrote to the mapping: pages written to are copies, which would hide what the owner puts there next."""
     pages = -(-size // mmap.PAGESIZE)
     try:
-        pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            entries = os.pread(pagemap.fileno(), pages * _ENTRY, address // mmap.PAGESIZE * _ENTRY)
     except OSError:
         return False
-    try:
-        entries = os.pread(pagemap, pages * _ENTRY, address // mmap.PAGESIZE * _ENTRY)
-    finally:
-        os.close(pagemap)
     return len(entries) == pages * _ENTRY and not entries[_ENTRY - 1 :: _ENTRY].translate(None, _CLEAN)
 
 

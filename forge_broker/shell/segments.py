@@ -14,7 +14,7 @@ from typing import Any, Final
 from forge_contract.errors import ForgeError
 from forge_contract.segments import ALIGN, DIRECTORY, VANISHED, read_handle
 
-_ANCHOR: Final = re.compile(r"forge-[0-9a-f]{16}\Z")
+_ANCHOR: Final = re.compile(r"forge-[0-9a-f]{16}(?=-[cw]-|\Z)")  # with which the files of one circle begin
 
 
 class Segments:
@@ -26,8 +26,7 @@ class Segments:
         # Of the address and nothing else: a successor at it has to know its predecessor's files.
         self.prefix = f"forge-{hashlib.blake2s(f'{os.getuid()} {address}'.encode(), digest_size=8).hexdigest()}"
         self._clear_abandoned()
-        self._anchor = os.open(self._directory / self.prefix, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._anchor, fcntl.LOCK_SH)
+        self._anchor = self._hold_anchor()
 
     def read(self, frame: Any) -> Any:
         """The buffer that a handle stands for: VANISHED if it is gone. One copy."""
@@ -60,15 +59,25 @@ class Segments:
         (self._directory / self.prefix).unlink(missing_ok=True)
         os.close(self._anchor)
 
+    def _hold_anchor(self) -> int:
+        while True:
+            anchor = os.open(self._directory / self.prefix, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(anchor, fcntl.LOCK_SH)
+            if os.fstat(anchor).st_nlink:
+                return anchor
+            os.close(anchor)  # another broker was just removing it
+
     def _clear_abandoned(self) -> None:
-        """What brokers of this user and all their peers left when they were killed together: nobody holds its anchor."""
-        for path in self._directory.glob("forge-*"):
-            if not _ANCHOR.match(path.name) or path.name == self.prefix:
-                continue
+        """What brokers of this user and all their peers left when they were killed together: nobody holds its anchor. Where there
+        is none, a broker ended and removed it, and a peer made another segment before it heard of that."""
+        ours = (path.name for path in self._directory.glob("forge-*") if _is_ours(path))
+        found = map(_ANCHOR.match, ours)
+        for prefix in {one[0] for one in found if one is not None} - {self.prefix}:
+            path = self._directory / prefix
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             except OSError:
-                continue  # another user's, or gone meanwhile
+                continue  # another user's
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -78,3 +87,10 @@ class Segments:
                     left.unlink(missing_ok=True)
             finally:
                 os.close(descriptor)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False  # gone meanwhile

@@ -180,6 +180,13 @@ def test_a_full_place_falls_back_to_frames_and_is_not_asked_again_at_once(
     assert pool.share(payload) is not payload
 
 
+def test_half_of_what_is_free_is_left_to_others(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_free_bytes", lambda _: 3 * MIB)
+    payload: list[Any] = [b"document", bytes(2 * MIB)]
+    assert pool.share(payload) is payload
+    assert (pool.refused, pool.bytes, files(tmp_path)) == (1, 0, [])
+
+
 def test_the_limit_holds_and_what_is_unused_makes_room(pool: Pool, tmp_path: Path) -> None:
     held = [shared(pool, bytes(MIB)) for _ in range(7)]
     assert pool.bytes <= 8 * MIB

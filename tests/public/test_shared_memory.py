@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -67,6 +68,15 @@ class Arrays(ForgeActor):
     async def slowly(self, array: Any) -> float:
         await asyncio.sleep(3600)
         return float(array.sum())
+
+    @service_endpoint(batch_size=4, batch_timeout=5.0, batch_mode="call", collate="stack")
+    async def doubled(self, arrays: Any) -> Any:
+        assert arrays.shape[0] == 4
+        return 2 * arrays
+
+    @service_endpoint(batch_size=4, batch_timeout=5.0)
+    def one_by_one(self, array: Any) -> Any:
+        return array + 1
 
     @service_endpoint(replay_last=True)
     async def weights(self, array: Any) -> int:
@@ -181,6 +191,61 @@ async def test_a_fan_out_reads_one_segment_everywhere() -> None:
     array = np.arange(MIB, dtype="f4")
     for back in await service.echo.fanout(array):
         assert np.array_equal(back, array)
+
+
+async def test_arrays_of_a_batch_keep_their_places() -> None:
+    """B2. Also among small calls, which pass the broker as slices; a plain endpoint shares its results from its threads."""
+    service = await Arrays.options(num_replicas=1).as_service()
+    for _ in range(2):
+        arrays = [np.full(MIB >> 2, at, "f4") for at in range(8)]
+        backs, small, ones = await asyncio.gather(
+            asyncio.gather(*(service.doubled.route(array) for array in arrays)),
+            asyncio.gather(*(service.echo.route(at) for at in range(100))),
+            asyncio.gather(*(service.one_by_one.route(array) for array in arrays)),
+        )
+        assert small == list(range(100))
+        for at, (back, one) in enumerate(zip(backs, ones, strict=True)):
+            assert (back == 2 * at).all()
+            assert (one == at + 1).all()
+        del back, one
+    assert await files("w-")
+
+
+async def test_calls_that_are_given_up_do_not_keep_their_segments() -> None:
+    """A5: cancelled before and after they began, and timed out. What they had serves later calls."""
+    service = await Arrays.options(num_replicas=1, replica_max_concurrent_requests=4).as_service()
+    array = np.ones(MIB, "f4")
+    for _ in range(4):
+        calls = [service.slowly.route(array) for _ in range(6)]
+        timed = service.slowly.options(timeout=0.2).route(array)
+        await asyncio.sleep(0)
+        with pytest.raises(TimeoutError):
+            await timed
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert (await service.echo.route(array) == 1).all()
+    assert len(await files("c-")) <= 10  # of 32 calls; 7 at a time, and what was answered last
+
+
+async def test_a_full_place_is_only_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames are used, and counted. The worker, whose place is not full, answers through shared memory."""
+    service = await Arrays.as_service()
+    array = np.arange(MIB, dtype="f4")
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert np.array_equal(await service.echo.route(array), array)
+    assert not await files("c-")
+    assert await files("w-")
+    client = await current_client()
+
+    async def told() -> bool:
+        return bool((await client.control("status", {}))["shared_memory"]["refused"] == 1)
+
+    await until(told, "no heartbeat told of what was refused")
 
 
 async def test_a_retry_reads_unspoilt_input(tmp_path: Path) -> None:

@@ -94,6 +94,15 @@ def test_what_a_circle_left_that_was_killed_together_is_cleared_by_the_next_brok
     assert names(tmp_path) == []
 
 
+def test_what_came_after_its_broker_had_cleared_away_is_cleared_by_the_next(tmp_path: Path) -> None:
+    late = tmp_path / "forge-00000000000000aa-c-00000000000000aa-1"
+    not_ours = tmp_path / "forge-notes-c-1"
+    late.touch()
+    not_ours.touch()
+    Segments(ADDRESS, str(tmp_path)).close()
+    assert names(tmp_path) == [not_ours.name]
+
+
 def test_where_there_is_no_shared_memory_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="missing"):
         Segments(ADDRESS, str(tmp_path / "missing"))
