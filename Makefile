@@ -5,6 +5,8 @@
 #              it: make chaos CHAOS="--everything --hand-started 2", and `python bench/chaos.py --help`
 # make storm   seeded storms over the real core and links in virtual time: make storm SEEDS=20000 FIRST=0
 # make failover   how long a call is away when its worker is killed
+# make bench   what calls are to cost at most, and what they cost: every figure that is promised, with a mark. Five minutes.
+#              Some of it: make bench BENCH="--only uvloop_512 start", and `python bench/targets.py --help`
 # make peers   the same work on Ray Serve, Ray, LitServe, mosec, ipyparallel and a plain pyzmq broker, each installed apart:
 #              more of it: make peers PEERS="--runs 5", and `python bench/against_peers.py --help`
 # make clean   remove what these made
@@ -27,13 +29,15 @@ unexport $(filter FORGE_%,$(.VARIABLES))
 
 # For bench/chaos.py.
 CHAOS ?=
+# For bench/targets.py.
+BENCH ?=
 # For bench/against_peers.py.
 PEERS ?=
 # For the storms: how many, and the seed of the first.
 SEEDS ?= 1000
 FIRST ?= 0
 
-.PHONY: demo test lint chaos storm failover peers clean
+.PHONY: demo test lint chaos storm failover bench peers clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.for-demo
@@ -56,6 +60,9 @@ storm: $(VENV)/.for-dev
 
 failover: $(VENV)/.for-dev
 	$(BIN)/python bench/failover.py
+
+bench: $(VENV)/.for-bench
+	$(BIN)/python bench/targets.py --json bench/out/targets.json $(BENCH)
 
 peers: $(VENV)/.for-bench
 	$(BIN)/python bench/against_peers.py --json bench/out/peers.json --plot bench/out/peers.png $(PEERS)

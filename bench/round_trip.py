@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -25,79 +24,14 @@ if not __package__:  # run as a plain script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import zmq_proxy
-from forge_client import ForgeActor, endpoint, shutdown
+from bench.closed_loop import MARK, PAYLOAD, REPLICAS, Echo, Processes, latencies_ms, p99, rate, spread
+from forge_client import shutdown
 
-PAYLOAD = b"x" * 64
-REPLICAS = 2
 LATENCY_CALLS = 2000
 
 
-class Echo(ForgeActor):
-    @endpoint
-    async def echo(self, payload: bytes) -> bytes:
-        return payload
-
-
-async def rate(service: Any, outstanding: int, seconds: float) -> float:
-    """Calls/s in a closed loop of `outstanding` callers."""
-    calls = 0
-    until = time.perf_counter() + seconds
-    route = service.echo.route
-
-    async def caller() -> None:
-        nonlocal calls
-        while time.perf_counter() < until:
-            await route(PAYLOAD)
-            calls += 1
-
-    began = time.perf_counter()
-    await asyncio.gather(*(caller() for _ in range(outstanding)))
-    return calls / (time.perf_counter() - began)
-
-
-async def latencies_ms(service: Any, calls: int) -> list[float]:
-    found = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        await service.echo.route(PAYLOAD)
-        found.append((time.perf_counter() - began) * 1e3)
-    return found
-
-
-class Processes:
-    """CPU seconds used so far by us, and by the broker and its workers, which are found by their command lines."""
-
-    def __init__(self) -> None:
-        self._groups: dict[str, list[int]] = {"broker": [], "workers": []}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (entry / "cmdline").read_bytes()
-                environ = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if f"FORGE_BENCH={os.getpid()}".encode() not in environ:
-                continue
-            if b"forge_broker" in command:
-                self._groups["broker"].append(int(entry.name))
-            elif b"forge_worker" in command:
-                self._groups["workers"].append(int(entry.name))
-
-    def cpu_s(self) -> dict[str, float]:
-        ticks = os.sysconf("SC_CLK_TCK")
-        used = {}
-        for group, pids in self._groups.items():
-            fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
-            used[group] = sum(int(field[11]) + int(field[12]) for field in fields) / ticks
-        own = resource.getrusage(resource.RUSAGE_SELF)
-        return {**used, "client": own.ru_utime + own.ru_stime}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    os.environ["FORGE_BENCH"] = str(os.getpid())
+    os.environ[MARK] = str(os.getpid())
     results: dict[str, Any] = {"figures": []}
     services = {
         room: await Echo.options(num_replicas=REPLICAS, replica_max_concurrent_requests=room).as_service()
@@ -107,13 +41,13 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     with zmq_proxy.running(REPLICAS) as address:
         proxy = zmq_proxy.Client(address, REPLICAS)
         for room, service in services.items():
-            await rate(service, 512, 1.0)  # warm
+            await rate(service.echo.route, 512, 1.0)  # warm
             for outstanding in (512, 64):
                 ours, theirs = [], []
                 cpu: dict[str, list[float]] = {}
                 for _ in range(options.runs):
                     before, began = processes.cpu_s(), time.perf_counter()
-                    ours.append(await rate(service, outstanding, options.seconds))
+                    ours.append(await rate(service.echo.route, outstanding, options.seconds))
                     calls = ours[-1] * (time.perf_counter() - began)
                     for group, used in processes.cpu_s().items():
                         cpu.setdefault(group, []).append((used - before[group]) / calls * 1e6)
@@ -129,11 +63,11 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
                         "cpu_us_per_call": {group: statistics.median(values) for group, values in cpu.items()},
                     }
                 )
-            ours, theirs, p99 = [], [], []
+            ours, theirs, slowest = [], [], []
             for _ in range(options.runs):
-                found = sorted(await latencies_ms(service, LATENCY_CALLS))
+                found = await latencies_ms(service.echo.route, LATENCY_CALLS)
                 ours.append(statistics.median(found))
-                p99.append(found[int(len(found) * 0.99)])
+                slowest.append(p99(found))
                 theirs.append(proxy.median_ms(PAYLOAD, LATENCY_CALLS))
             results["figures"].append(
                 {
@@ -141,7 +75,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
                     "outstanding": 1,
                     "replica_max_concurrent_requests": room,
                     "forge": spread(ours),
-                    "forge_p99": spread(p99),
+                    "forge_p99": spread(slowest),
                     "zmq_proxy": spread(theirs),
                     "ratio": spread([a / b for a, b in zip(ours, theirs, strict=True)]),
                 }

@@ -36,7 +36,13 @@ def status_page(status: Mapping[str, Any], address: str, note: str = "", *, verb
     services = status["services"]
     parts: list[RenderableType] = [_head(status, address, note, verbose)]
     if services:
-        parts += [_services(services), _replicas(services), _queues(services), *_sessions(services)]
+        parts += [
+            _services(services),
+            _replicas(services),
+            _queues(services),
+            *_batches(services),
+            *_sessions(services),
+        ]
     else:
         parts.append(Text("no services; `forge deploy module:Class --name gen` starts one", "dim"))
     parts.append(worker_table(status["workers"]))
@@ -140,6 +146,24 @@ def _queues(services: Sequence[Mapping[str, Any]]) -> RenderableType:
     for name, length in waiting:
         table.add_row(name, _number(length))
     return table
+
+
+def _batches(services: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """Of endpoints that batch, what has left."""
+    rows = [(service["name"], name, one) for service in services for name, one in service["batches"].items()]
+    if not any(one["batches"] for _, _, one in rows):
+        return []
+    table = _table("BATCHES OF", "#BATCHES", "#CALLS EACH", "#WAITED", "LEFT FOR")
+    for service_name, name, one in rows:
+        reasons = sorted(one["reasons"].items(), key=lambda pair: -pair[1])
+        table.add_row(
+            f"{service_name}.{name}",
+            _number(one["batches"]),
+            f"{one['avg_size']:.1f}",
+            f"{one['avg_wait_s'] * 1000:.1f} ms",
+            ", ".join(f"{reason} {count:,}" for reason, count in reasons),
+        )
+    return [table]
 
 
 def _sessions(services: Sequence[Mapping[str, Any]]) -> list[RenderableType]:

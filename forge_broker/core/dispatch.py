@@ -50,11 +50,16 @@ class Dispatch:
         ready = service.ready
         if service.cell is not None or service.suspects.length:
             self._isolate(service, now)
+        # Replicas' own queues do not compete with each other for room: with none but them in the rotation, each may give all it can.
+        # (What is woken meanwhile is such a queue.)
+        shared = sum(queue.replica is None for queue in ready)
         while ready and pool.roomy:
             queue = ready[0]
-            if not queue.length or not self._take_turn(queue, service, len(ready) == 1, now):
+            alone = not shared or len(ready) == 1
+            if not queue.length or not self._take_turn(queue, service, alone, now):
                 queue.waiting = False
                 ready.popleft()
+                shared -= queue.replica is None
             elif len(ready) > 1:
                 ready.rotate(-1)
         if not pool.members:

@@ -63,11 +63,14 @@ class Replies:
         ends = Ends(replica, worker)
         held = state.ledger.held[replica.key]
         plain = attempts == 1 and statuses == OK and bool(sizes) and min(sizes) >= 0
-        runs = [(one, sum(1 for _ in run)) for one, run in groupby(map(held.get, ids))] if plain else [(None, len(ids))]
+        runs: list[tuple[Slice | None, int]] = [(None, len(ids))]
+        if plain:  # calls that are held by themselves are taken together, like all that is not plain
+            holders = [one if type(one) is Slice else None for one in map(held.get, ids)]
+            runs = [(one, sum(1 for _ in run)) for one, run in groupby(holders)]
         at = 0
         for one, count in runs:
             end = at + count
-            if type(one) is not Slice or not self._end_slice(one, ids[at:end], sizes[at:end], payloads, ends, now):
+            if one is None or not self._end_slice(one, ids[at:end], sizes[at:end], payloads, ends, now):
                 taken = payloads.take_all(sizes[at:end])
                 self._end_each(ids[at:end], part(attempts, at, end), part(statuses, at, end), taken, ends, now)
             at = end

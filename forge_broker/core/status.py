@@ -85,7 +85,7 @@ def service_state(service: Service, now: float) -> dict[str, Any]:
         "stopping": service.stopping is not None,
         "replicas": [_replica_state(replica) for replica in service.replicas.values()],
         "queues": dict(queues),
-        "batches": {one.name: one.batcher.stats.snapshot() for one in service.endpoints if one.batcher is not None},
+        "batches": _batches(service),
         "active_sessions": sorted(shown),
         "sessions": len(service.sessions),
         "session_replica_map": {sid: service.pins[sid] for sid in shown if sid in service.pins},
@@ -147,6 +147,10 @@ def dead_letter(letter: DeadLetter, now: float) -> dict[str, Any]:
     }
 
 
+def _batches(service: Service) -> dict[str, Any]:
+    return {one.name: one.batcher.stats.snapshot() for one in service.endpoints if one.batcher is not None}
+
+
 def metrics(service: Service, now: float) -> dict[str, Any]:
     """X4, with the original's names. Queue depth counts endpoint queues and parked calls, over healthy replicas."""
     replicas = service.replicas.values()
@@ -154,6 +158,8 @@ def metrics(service: Service, now: float) -> dict[str, Any]:
     queued = sum(queue.length for queue in service.queues) + sum(replica.parked.length for replica in replicas)
     return {
         "service": {
+            # Not the original's: by endpoint that batches, `BatchStats.snapshot`.
+            **({"batches": _batches(service)} if service.batches else {}),
             "total_sessions": len(service.sessions),
             "healthy_replicas": healthy,
             "total_replicas": len(service.replicas),

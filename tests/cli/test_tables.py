@@ -43,6 +43,7 @@ def service(**fields: Any) -> dict[str, Any]:
         "stopping": False,
         "replicas": [replica("gen/0"), replica("gen/1")],
         "queues": {"gen.predict": 0},
+        "batches": {},
         "active_sessions": [],
         "sessions": 0,
         "session_replica_map": {},
@@ -177,6 +178,16 @@ def test_queues_in_which_something_waits_are_named() -> None:
     (line,) = (line.split() for line in text.splitlines() if line.startswith("gen.predict"))
     assert line == ["gen.predict", "10,000"]
     assert "gen.version" not in text
+
+
+def test_batches_that_have_left_are_shown_with_why() -> None:
+    """B3."""
+    figures = {"batches": 1200, "avg_size": 31.52, "avg_wait_s": 0.0042, "reasons": {"timeout": 20, "size": 1180}}
+    text = shown(status_page(status(service(batches={"embed": figures})), "ipc:///b"))
+    (line,) = (line.split() for line in text.splitlines() if line.startswith("gen.embed"))
+    assert line == ["gen.embed", "1,200", "31.5", "4.2", "ms", "size", "1,180,", "timeout", "20"]
+    none_left = {"batches": 0, "avg_size": 0.0, "avg_wait_s": 0.0, "reasons": {}}
+    assert "BATCHES" not in shown(status_page(status(service(batches={"embed": none_left})), "ipc:///b"))
 
 
 def test_of_many_sessions_a_few_are_shown_and_the_rest_counted() -> None:

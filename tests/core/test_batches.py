@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from forge_broker.core.requests import Request, Slice
+from forge_broker.core.status import metrics
 from forge_contract.errors import (
     CallCancelled,
     CallTimeout,
@@ -70,6 +71,24 @@ def test_calls_of_several_clients_share_a_batch() -> None:
     assert worker.batches == [[b"a", b"b", b"c", b"d"]]
     worker.reply()
     assert sorted(client.results) == sorted(other.results) == [1, 2]
+
+
+def test_metrics_tell_of_batches_where_an_endpoint_batches() -> None:
+    """B3: by reason, by size, and how long the first of each waited."""
+    bench, client, _workers, endpoint = serving()
+    client.call(endpoint, *[b"x"] * 6)
+    bench.advance(0.02)
+    told = metrics(bench.service(), bench.now)["service"]["batches"]["predict"]
+    assert told == {
+        "batches": 2,
+        "items": 6,
+        "avg_size": 3.0,
+        "avg_wait_s": pytest.approx(0.005),
+        "reasons": {"size": 1, "timeout": 1},
+        "sizes": {"2": 1, "4": 1},
+    }
+    plain = Bench().serving()
+    assert "batches" not in metrics(plain.service, plain.bench.now)["service"]
 
 
 def test_what_is_over_a_full_batch_waits_for_the_next() -> None:
