@@ -1,6 +1,6 @@
 """What a large array costs: float32 echoed by one replica, one call at a time, through shared memory and through frames.
 
-    python bench/tensors.py                   # two minutes; a table, and with --json FILE the figures
+    python bench/tensors.py                   # a minute; a table, and with --json FILE the figures
 
 GB/s are bytes of the array over the time of a round trip (it goes there and comes back). Each run is a program of its own with its own
 broker, the two ways in turn, so that a machine that changes its speed changes both; medians of `--runs` runs (min–max). Peak memory is
