@@ -435,6 +435,8 @@ class BrokerConfig:
 
     checkpoint_bytes: int = 256 << 20  # sessions' states kept, all together
     kept_reply_bytes: int = 64 << 20  # a worker's replies that no client is known to have yet
+    shared_memory_from: int = 256 << 10  # a payload's arrays, from which peers of this machine share them; 0: never
+    shared_memory_bytes: int = 1 << 30  # of one process; what has no room travels through the broker
     dead_letters: int = 1000
     dead_letter_bytes: int = 256 << 20  # their arguments, all together
 
@@ -447,6 +449,7 @@ class BrokerConfig:
         problems.at_least(
             self, 0, "drain_grace_s", "checkpoint_bytes", "kept_reply_bytes", "dead_letters", "dead_letter_bytes"
         )
+        problems.at_least(self, 0, "shared_memory_from", "shared_memory_bytes")
         problems.at_least(self, 1, "liveness", "story_entries", "max_payload_bytes", "link_bytes", "max_queue_bytes")
         problems.at_least(self, 0, "max_workers")
         problems.need(self.max_message_bytes >= self.max_payload_bytes, "max_message_bytes must hold max_payload_bytes")

@@ -20,6 +20,7 @@
     ├── Overloaded                       a limit is reached; carries `retry_after_s`
     ├── NoHealthyReplicas                nobody could serve the call in time; says what each replica is doing
     ├── ReplicaLost                      the one replica this call was meant for died
+    ├── SegmentLost                      shared memory that held a call's arguments or result is gone
     ├── OutcomeUnknown                   an at-most-once call may or may not have run
     ├── PoisonedRequest                  a call that keeps killing its replicas
     ├── RouterError                      the endpoint's router raised or chose what is no candidate
@@ -220,6 +221,12 @@ class RouterError(ForgeError):
 
 class BatchError(ForgeError):
     text = "{endpoint}: {why}"
+
+
+class SegmentLost(ForgeError):
+    """`segment`: the file's name; `why`. The call may have run; its arguments or its result cannot be read any more."""
+
+    text = "shared memory that a call's arguments or result lay in is gone ({segment}: {why}); did somebody clear /dev/shm?"
 
 
 class SessionError(ForgeError):

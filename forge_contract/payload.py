@@ -49,6 +49,7 @@ from forge_contract.errors import ForgeError, ProtocolError, SerializationError
 from forge_contract.payload_classes import register_value, type_name
 from forge_contract.payload_core import CHECK_FROM, CLASSIFIERS, Buffer, Decoder, Encoder, Payload, unreadable
 from forge_contract.payload_walk import LARGE, Cannot, holds_large, locate, set_large_aside
+from forge_contract.segments import opened
 
 __all__ = [
     "LARGE",
@@ -171,9 +172,8 @@ def _encode(value: object, trusted: bool, large: bool) -> Payload:
 
 
 def _finish(encoder: Encoder, document: bytes) -> Payload:
-    buffers = encoder.buffers
+    buffers, encoder.buffers = encoder.buffers, []  # an encoder is a cycle with its packers: nothing may hang on it
     if len(document) < _KEEP_BELOW:
-        encoder.buffers = []
         _IDLE.append(encoder)
     return [document, *buffers] if buffers or len(document) >= LARGE else document
 
@@ -200,7 +200,7 @@ def decode(payload: Any, *, trusted: bool) -> Any:
         if not payload:
             raise ProtocolError("a payload without frames")
         if len(payload) > 1:
-            return Decoder(trusted, payload[1:]).document(payload[0])
+            return Decoder(trusted, opened(payload[1:], trusted)).document(payload[0])
         payload = payload[0]
     return _PLAIN[trusted].document(payload)
 

@@ -184,13 +184,12 @@ def unreadable(error: Exception) -> ProtocolError:
 class Decoder:
     """Reads documents of one payload at one depth; never changes, so those without buffers serve all threads."""
 
-    __slots__ = ("_depth", "buffers", "extension", "trusted")
+    __slots__ = ("_depth", "buffers", "trusted")
 
     def __init__(self, trusted: bool, buffers: Sequence[Any] = (), depth: int = 0) -> None:
         self.trusted = trusted
         self.buffers = buffers
         self._depth = depth
-        self.extension = self._extension  # bound once, msgpack wants it for each document
 
     def document(self, data: Buffer) -> Any:
         """The value in `data`. Raises ForgeError and nothing else, whatever the bytes and the classes in them do."""
@@ -208,7 +207,9 @@ class Decoder:
         except Exception as error:
             raise unreadable(error) from error
 
-    def _extension(self, code: int, data: bytes) -> Any:
+    def extension(self, code: int, data: bytes) -> Any:
+        # Not bound once and kept: an object that holds a method of its own is a cycle, and its buffers would lie about until
+        # the collector comes by.
         decode = DECODERS.get(code)
         if decode is None:
             raise ProtocolError(f"a payload holds the unknown extension {code}; is the other side newer?")

@@ -47,8 +47,8 @@ log = logging.getLogger("forge_worker")
 class ActorHost:
     """The calls of one instance. `trusted`: whether replies may hold pickles, by the trust of our own address.
 
-    `on_reply`: there is something to flush. `on_broken`: this exception was raised, and replied, after which the process
-    must not go on (F6); called once.
+    `share` puts large results into shared memory. `on_reply`: there is something to flush. `on_broken`: this exception was
+    raised, and replied, after which the process must not go on (F6); called once.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class ActorHost:
         trusted: bool,
         on_reply: Callable[[], None],
         on_broken: Callable[[Payload], None],
+        share: Callable[[Payload], Payload] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()  # what calls in threads start from
@@ -70,7 +71,7 @@ class ActorHost:
         self._class_name = assignment.class_name
         self._serial = assignment.serial
         self._room = 1 if assignment.serial else assignment.concurrency
-        self._outcomes = Outcomes(trusted, assignment.max_payload_bytes, assignment.fatal_errors)
+        self._outcomes = Outcomes(trusted, assignment.max_payload_bytes, assignment.fatal_errors, share)
         self._sessions = Sessions(instance, assignment, trusted=trusted) if assignment.checkpoint_every else None
         self._endpoints = [
             Endpoint(

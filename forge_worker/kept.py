@@ -13,6 +13,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from forge_contract.framing import Payload
+from forge_contract.segments import Handle
 
 
 class Columns(NamedTuple):
@@ -37,6 +38,7 @@ class KeptReplies:
         self.limit = limit
         self.bytes = 0
         self._entries: deque[_Entry] = deque()
+        self._leases: deque[tuple[int, list[Handle]]] = deque()  # of entries that were dropped, by number
 
     def __repr__(self) -> str:
         return f"<KeptReplies of {len(self._entries)} envelopes, {self.bytes} of {self.limit} B>"
@@ -49,13 +51,26 @@ class KeptReplies:
         self._entries.append(_Entry(number, size, columns))
         self.bytes += size
         while self.bytes > self.limit:
-            self.bytes -= self._entries.popleft().size
+            entry = self._entries.popleft()
+            self.bytes -= entry.size
+            # They will not be sent again, but what they lie in must not be used again before their callers have looked.
+            leases = [
+                one
+                for payload in entry.columns.payloads
+                if type(payload) is list
+                for one in payload
+                if type(one) is Handle
+            ]
+            if leases:
+                self._leases.append((entry.number, leases))
 
     def settled(self, number: int) -> None:
         """The callers have all up to envelope `number`."""
         entries = self._entries
         while entries and entries[0].number <= number:
             self.bytes -= entries.popleft().size
+        while self._leases and self._leases[0][0] <= number:
+            self._leases.popleft()
 
     def take(self) -> Columns | None:
         """All of them, oldest first, to be sent under a new number. None: there is none."""
@@ -68,4 +83,5 @@ class KeptReplies:
 
     def clear(self) -> None:
         self._entries.clear()
+        self._leases.clear()
         self.bytes = 0

@@ -37,6 +37,7 @@ from forge_contract.messages import (
     spread,
 )
 from forge_contract.peer_link import LinkState, PeerLink
+from forge_contract.segments import Terms
 from forge_worker.assignment import Assignment
 from forge_worker.kept import Columns, KeptReplies
 
@@ -146,6 +147,7 @@ class WorkerLink(PeerLink):
         self.kept = KeptReplies()
         self.refused_messages = 0  # of a form we do not know, or for an epoch that is not ours
         self.trusted = False  # the trust of our own address, which our replies are encoded by
+        self.segments: Terms | None = None  # on which large arrays may go by shared memory
         self._identity = dict(identity)
         self._gpus = list(gpus)
         self._labels = dict(labels or {})
@@ -241,6 +243,7 @@ class WorkerLink(PeerLink):
 
     def on_welcome(self, fields: dict[str, Any], now: float) -> None:
         self.trusted = fields.get("trusted") is True
+        self.segments = Terms.read(fields.get("segments"))
         recovering = self.assignment is not None and fields.get("recovering") is True
         if recovering:
             kept = self.kept.take()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Final
 
@@ -29,10 +29,14 @@ BROKEN: Final = -1  # RAISED for its caller, and the end of this process (F6); i
 
 
 class Outcomes:
-    """`trusted`: whether values may travel as pickles; `limit`: bytes of one result; `fatal`: the names in fatal_errors.
+    """`trusted`: whether values may travel as pickles; `limit`: bytes of one result; `fatal`: the names in fatal_errors;
+    `share` puts large results into shared memory.
     An endpoint is `Class.method`."""
 
-    def __init__(self, trusted: bool, limit: int, fatal: Iterable[str] = ()) -> None:
+    def __init__(
+        self, trusted: bool, limit: int, fatal: Iterable[str] = (), share: Callable[[Payload], Payload] | None = None
+    ) -> None:
+        self._share = share
         self._trusted = trusted
         self._limit = limit
         self._small = min(limit, LARGE - 1)
@@ -60,7 +64,7 @@ class Outcomes:
         if size > self._limit:
             what = f"the result of {endpoint}"
             return self.failed(PayloadTooLarge(what=what, size=size, limit=self._limit))
-        return OK, payload
+        return OK, payload if self._share is None or type(payload) is bytes else self._share(payload)
 
     def raised(self, error: BaseException) -> Outcome:
         """RAISED, or BROKEN. Ends the process where there is not even the memory to say so: somebody waits for it."""

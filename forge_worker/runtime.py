@@ -26,6 +26,7 @@ from typing import Any, Final
 from forge_client.dealer import Dealer
 from forge_client.heartbeat import Heartbeat
 from forge_client.identity import draw_name, hello_identity
+from forge_client.segments import Pool
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import BrokerUnreachable, ForgeError, ReplicaLost
 from forge_contract.framing import Frame, Payload
@@ -135,6 +136,9 @@ class Worker:
             disconnected=self._disconnected,
             max_message_bytes=BrokerConfig().max_message_bytes,
         )
+        self._pool: Pool | None = (
+            None  # for results; never closed while a broker lives, who knows when they have been read
+        )
         self._heartbeat = Heartbeat(options.broker, self._beat)
         self._host: ActorHost | None = None
         self._instance: Any = None
@@ -173,6 +177,8 @@ class Worker:
                 if timer is not None:
                     timer.cancel()
             self._heartbeat.stop()
+            if self._pool is not None and self._exit_code == EXIT_NO_BROKER:
+                self._pool.close()  # nobody else will
             self._dealer.close(linger_s=GOODBYE_S)
 
     # The socket's side.
@@ -226,6 +232,8 @@ class Worker:
                 code = EXIT_OK if instruction.replace else EXIT_DRAINED
                 self._leave(code, instruction.reason, instruction.grace_s)
             case Welcomed():
+                if self._pool is None and self._link.segments is not None:
+                    self._pool = Pool(self._link.segments, self._link.name)
                 self._orphan_grace_s = float(instruction.fields.get("orphan_grace_s", self._orphan_grace_s))
                 self._heartbeat.start(float(instruction.fields.get("heartbeat_s", BrokerConfig().heartbeat_s)))
                 if instruction.recovering and host is not None:
@@ -278,7 +286,8 @@ class Worker:
         if lag_s is None:
             return None
         oldest_s = self._host.oldest_s(now) if self._host is not None else 0.0
-        return self._link.heartbeat({"oldest_s": oldest_s, "lag_s": lag_s, "rss": resident_bytes()})
+        segments = {} if self._pool is None else self._pool.vitals
+        return self._link.heartbeat({"oldest_s": oldest_s, "lag_s": lag_s, "rss": resident_bytes(), **segments})
 
     # Becoming a rank.
 
@@ -298,6 +307,7 @@ class Worker:
                 trusted=self._link.trusted,
                 on_reply=self._flush_soon,
                 on_broken=self._raised_fatally,
+                share=None if self._pool is None else self._pool.share,
             )
             await self._replay(host)
         except asyncio.CancelledError:

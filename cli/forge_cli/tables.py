@@ -64,6 +64,7 @@ def _head(status: Mapping[str, Any], address: str, note: str, verbose: bool) -> 
         f"{free} of {_count(len(gpus), 'GPU')} free" if gpus else "no GPUs",
     ]
     facts += [f"{size(status['queued_bytes'])} of arguments held"] if status["queued_bytes"] >= 1 << 20 else []
+    facts += _shared(status.get("shared_memory") or {})
     facts += (
         [f"{_count(status['fenced_replies'], 'late reply', 'late replies')} refused"]
         if status["fenced_replies"]
@@ -298,6 +299,13 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def _shared(memory: Mapping[str, Any]) -> list[str]:
+    facts = [f"{size(memory['bytes'])} of shared memory"] if memory.get("bytes", 0) >= 1 << 20 else []
+    if refused := memory.get("refused", 0):
+        facts.append(f"no room in it for {_count(refused, 'payload')}, which travelled")
+    return facts
 
 
 def size(count: float) -> str:

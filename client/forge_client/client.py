@@ -30,6 +30,7 @@ from forge_client.heartbeat import Heartbeat
 from forge_client.identity import draw_name, hello_identity
 from forge_client.link import ClientLink, Declared
 from forge_client.replies import Reader
+from forge_client.segments import Pool
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import (
     BrokerLost,
@@ -89,6 +90,7 @@ class Client:
             disconnected=self._disconnected,
             max_message_bytes=BrokerConfig.max_message_bytes,
         )
+        self._pool: Pool | None = None
         self._heartbeat = Heartbeat(address, self._beat)
         self._loop_end = self._until_the_loop_ends()
         _enter(self._loop_end)
@@ -143,16 +145,18 @@ class Client:
         call.add_done_callback(self.when_done, context=self.context)
         return call
 
-    def own(self, payload: Payload, label: str) -> Payload:
+    def own(self, payload: Payload, label: str, *, share: bool = True) -> Payload:
         """The payload, judged by size and made independent of the caller's memory: arrays were set aside uncopied, and
-        what the caller changes after the call must not change what is sent, now or again after a reconnect.
-        Raises PayloadTooLarge."""
+        what the caller changes after the call must not change what is sent, now or again after a reconnect. `share`: it
+        may lie in shared memory, for it is needed until its answer and no longer. Raises PayloadTooLarge."""
         size = payload_size(payload)
         if size > self.link.max_payload_bytes:
             raise PayloadTooLarge(what=f"the arguments of {label}", size=size, limit=self.link.max_payload_bytes)
         if isinstance(payload, bytes):
             return payload
-        return [part if type(part) is bytes else bytes(part) for part in payload]
+        if share and self._pool is not None:
+            payload = self._pool.share(payload)
+        return [part if isinstance(part, bytes) else bytes(part) for part in payload]
 
     def guard(self, seq: int, deadline: float, timeout_s: float) -> None:
         """End this call by our own clock if the broker has not."""
@@ -256,6 +260,8 @@ class Client:
             self._timer.cancel()
             self._timer = None
         self._fail(*self.link.give_up(), why, quietly=linger_s > 0)
+        if self._pool is not None:
+            self._pool.close()
         if not self._opened.done():
             self._opened.set_exception(why())
             self._opened.exception()  # whoever opens us is told, or has told us
@@ -349,6 +355,8 @@ class Client:
         if link.state is not LinkState.OPEN:
             return None
         fields = {"oldest_s": 0.0, "lag_s": self._lag_s, "rss": _resident_bytes()}
+        if self._pool is not None:
+            fields |= self._pool.vitals
         return encode(link.name, link.channel.epoch, link.incarnation, 0, 0, [[HEARTBEAT, fields]])
 
     # What the link tells (`link.Listener`).
@@ -358,6 +366,8 @@ class Client:
         for binding in self._bindings.values():
             binding.incarnation = self.incarnation
         self._grace_s = float(fields.get("orphan_grace_s") or self._grace_s)
+        if self._pool is None and self.link.segments is not None:
+            self._pool = Pool(self.link.segments, self.link.name)
         self._heartbeat.start(float(fields.get("heartbeat_s") or BrokerConfig.heartbeat_s))
         if not self._opened.done():
             self._opened.set_result(None)

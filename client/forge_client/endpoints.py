@@ -120,7 +120,7 @@ class _Endpoint:
         link = target.client.link
         payload = encode_call(args, kwargs, trusted=link.trusted, where=target.label)
         if type(payload) is list or len(payload) > link.max_payload_bytes:
-            return target.client.own(payload, target.label)
+            return target.client.own(payload, target.label, share=not target.replay_last)
         return payload
 
     def _extras(self, session: str | None, rank: int | None, said: Said = NOTHING_SAID) -> Extras | None:
@@ -177,7 +177,7 @@ class _Endpoint:
             if refusal is not None and not target.client.trusted:
                 raise refusal
             target.client.watch(call)
-            send(target, call, target.client.own(payload, label))
+            send(target, call, target.client.own(payload, label, share=not target.replay_last))
 
         return self._handle.later(submit)
 

@@ -258,7 +258,7 @@ class Handle:
         config, cls, args, kwargs = self._origin
         label = f"{origin_of(cls).__name__}()"
         spec = describe(cls, config, self.kind, trusted=client.trusted)
-        payload = client.own(encode_call(args, kwargs, trusted=client.trusted, where=label), label)
+        payload = client.own(encode_call(args, kwargs, trusted=client.trusted, where=label), label, share=False)
         return await client.deploy(spec, payload)
 
     async def _rejoin(self, client: Client) -> Binding:

@@ -14,6 +14,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from forge_contract.segments import DIRECTORY
+
 
 def draw_name(role: str) -> str:
     """A peer's name: `c-` or `w-` and 16 hex digits. One for each socket, so that a fork never shares its parent's."""
@@ -21,13 +23,14 @@ def draw_name(role: str) -> str:
 
 
 def hello_identity() -> dict[str, Any]:
-    """host, pid, pid_namespace, started, hostname of the calling process."""
+    """host, pid, pid_namespace, started, hostname, shared_memory of the calling process."""
     return {
         "host": boot_id(),
         "pid": os.getpid(),
         "pid_namespace": pid_namespace(),
         "started": started_ticks(os.getpid()),
         "hostname": socket.gethostname(),
+        "shared_memory": shared_memory_id(),
     }
 
 
@@ -45,6 +48,15 @@ def pid_namespace() -> int:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return 0
+
+
+def shared_memory_id() -> str:
+    """The same for processes of one machine that can open each other's segments: containers may have a /dev/shm each.
+    Empty where there is none."""
+    try:
+        return f"{os.stat(DIRECTORY).st_dev}:{os.getuid()}"
+    except OSError:
+        return ""
 
 
 def started_ticks(pid: int) -> int:

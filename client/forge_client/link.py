@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from forge_client.outgoing import Extras, Item, Plain, Run, Sent, payload_bytes
 from forge_contract.channel import PROBE_AFTER_S
 from forge_contract.errors import ForgeError, Overloaded, ProtocolError
-from forge_contract.framing import MAX_MESSAGES, Envelope, Frame, Payload, Payloads, weigh
+from forge_contract.framing import MAX_MESSAGES, Envelope, Frame, Payload, Payloads
 from forge_contract.messages import (
     ANSWER,
     BYE,
@@ -31,7 +31,9 @@ from forge_contract.messages import (
     Message,
     spread,
 )
+from forge_contract.payload import LARGE
 from forge_contract.peer_link import LinkState, PeerLink
+from forge_contract.segments import Terms
 
 # An envelope is sealed when it has so many bytes: what follows may be worked on while it still travels.
 ENVELOPE_BYTES: Final = 16 << 20
@@ -87,6 +89,7 @@ class ClientLink(PeerLink):
         self.trusted = False
         self.max_payload_bytes = 1 << 30  # the defaults of BrokerConfig, until the welcome tells
         self.link_bytes = 1 << 30
+        self.segments: Terms | None = None  # on which large arrays may go by shared memory
         self.welcomes = 0
         self.refused_replies = 0  # of calls that are not ours, or have been answered
         self.unanswered: dict[int, Any] = {}  # sequence → waiter, None when cancelled
@@ -126,7 +129,7 @@ class ClientLink(PeerLink):
     ) -> int:
         """Call an endpoint once; returns the sequence number. `shape`: see `batching`. Raises Overloaded when the link's
         credit is used up."""
-        size = len(payload) if type(payload) is bytes else weigh(payload)  # `payload_bytes`, without its call
+        size = len(payload) if type(payload) is bytes else payload_bytes(payload)
         self._turn_bytes += size
         if self._turn_bytes + self.channel.kept_bytes > self.link_bytes:
             self._refuse_or_bear(size)
@@ -320,6 +323,7 @@ class ClientLink(PeerLink):
         self.trusted = fields.get("trusted") is True
         self.max_payload_bytes = int(fields.get("max_payload_bytes") or self.max_payload_bytes)
         self.link_bytes = int(fields.get("link_bytes") or self.link_bytes)
+        self.segments = Terms.read(fields.get("segments"))
         self.welcomes += 1
         self._held = False
         self._declared = None
@@ -384,6 +388,8 @@ class ClientLink(PeerLink):
             before, pop = len(unanswered), self.unanswered.pop
             waiters = [pop(seq, None) for seq in seqs]
             self.refused_replies += len(waiters) - (before - len(unanswered))  # those that were not there
+            if self.sent.kept_bytes > LARGE and not unanswered and not self._controls:
+                self.sent.forget(self._said)  # a caller of one large call after another need not have two in memory
             return self._listener.results, trusted is True, waiters, statuses, taken
         if kind == PARTS:
             _, trusted, seq, points, statuses, sizes = message

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from forge_contract.framing import Outbox, Payload, weigh
+from forge_contract.framing import Outbox, Payload
 from forge_contract.messages import CALLS, CONTROL, FANOUT, Message, column
+from forge_contract.segments import Handle
 
 # Answered calls and bytes that may stay among the unanswered ones: a sweep then pays for at least as many new calls as it
 # looks at old ones, so its share of a call is a few dozen nanoseconds, whatever is under way.
@@ -108,7 +109,10 @@ _NOTHING_EXTRA: Final = Extras()
 
 
 def payload_bytes(payload: Payload) -> int:
-    return len(payload) if type(payload) is bytes else weigh(payload)
+    """With the memory that its handles lease, so that what is answered does not hold much of it."""
+    if isinstance(payload, bytes):
+        return len(payload)
+    return sum(part.size if isinstance(part, Handle) else len(part) for part in payload)
 
 
 def _columns(extras: list[Extras | None], now: float) -> dict[str, Any]:

@@ -57,6 +57,18 @@ class Look(NamedTuple):
     pid: int
 
 
+class Unlink(NamedTuple):
+    """Remove what this peer has left in shared memory."""
+
+    owner: str
+
+
+class Sweep(NamedTuple):
+    """Remove what anybody has left there but these."""
+
+    living: frozenset[str]
+
+
 class Note(NamedTuple):
     """A line for the log."""
 
@@ -69,4 +81,4 @@ class Exit(NamedTuple):
     """All is stopped: the shell may end."""
 
 
-Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Look | Note | Exit
+Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Look | Unlink | Sweep | Note | Exit

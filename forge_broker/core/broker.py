@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from forge_broker.core.actions import Action, Look, Send, Watch
+from forge_broker.core.actions import Action, Look, Send, Sweep, Watch
 from forge_broker.core.answers import Answers
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.claims import Asked
@@ -36,6 +36,7 @@ from forge_broker.core.events import (
     Watched,
 )
 from forge_broker.core.intake import Intake
+from forge_broker.core.leftovers import Leftovers
 from forge_broker.core.lifecycle import Lifecycle
 from forge_broker.core.links import Link
 from forge_broker.core.rebuild import Rebuild, is_answered_at_once, is_of_the_past
@@ -51,6 +52,7 @@ from forge_contract.channel import ACK_AFTER_S, Due, Verdict
 from forge_contract.errors import ForgeError, ProtocolError, ServiceStopped
 from forge_contract.framing import Envelope, Payloads, Taken, decode, encode
 from forge_contract.messages import BROKER_NAME
+from forge_contract.segments import is_handle
 
 if TYPE_CHECKING:
     pass
@@ -70,9 +72,12 @@ class Broker:
         self.replies = Replies(self.state, answers, returns, self.dispatch)
         self.intake = Intake(self.state, answers, returns, self.dispatch, self.replies)
         self.endings = Endings(self.state, answers, self.sessions)
+        self.leftovers = Leftovers(state)
         catalogue, telling = Catalogue(state), Telling(state)
         self.seating = Seating(state, telling)
-        self.lifecycle = Lifecycle(state, self.dispatch, self.sessions, catalogue, self.seating, telling)
+        self.lifecycle = Lifecycle(
+            state, self.dispatch, self.sessions, catalogue, self.seating, telling, self.leftovers
+        )
         self.drains = Drains(self.state, self.lifecycle, telling)
         self.rebuild = Rebuild(
             state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch, answers, telling
@@ -93,6 +98,7 @@ class Broker:
             Kind.SILENCE: self._silence,
             Kind.SLOT: self.seating.free_slot,
             Kind.START: self.lifecycle.start_overdue,
+            Kind.UNREAD: self.leftovers.look,
         }
         if state.recovering:
             self.rebuild.open(state.started_at)
@@ -203,6 +209,7 @@ class Broker:
         # A tool that only looks comes and goes with every `forge status`.
         state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
         self._left(client)
+        self.leftovers.of(client, now)
         if state.claims:
             state.claims = {one: claim for one, claim in state.claims.items() if messages.client_of(one) != client.id}
         del state.links[client.name]
@@ -236,6 +243,8 @@ class Broker:
             state.counters["wrong_trust"] += 1
             return
         try:
+            if len(frames) > 2 and (link is None or link.unshared is not None) and any(map(is_handle, frames[2:])):
+                raise ProtocolError("a handle to shared memory from a peer that has none with us")
             if envelope.number:
                 self._numbered(route, link, envelope, now)
             else:
@@ -333,6 +342,7 @@ class Broker:
         try:
             if hello["role"] == "worker":
                 link = Worker(*new)
+                self._share(link)
                 state.links[link.name] = link
                 # Welcomed first: what joining has to say to it must find an open link.
                 self._welcome(link)
@@ -342,6 +352,7 @@ class Broker:
                     self.lifecycle.worker_joined(link, now)
             else:
                 link = Client(*new, id=self._client_id(hello), detached=bool(hello.get("detached")))
+                self._share(link)
                 state.links[link.name] = link
                 state.clients[link.id] = link
                 self._welcome(link)
@@ -364,6 +375,13 @@ class Broker:
             )
         limit = state.config.heartbeat_s * state.config.liveness
         state.deadlines.add(now + limit, Kind.SILENCE, link.name)
+
+    def _share(self, link: Link) -> None:
+        """Whether it may send us handles, and be sent them: it sees the same shared memory, as the same user."""
+        segments, hello = self.state.segments, link.hello
+        if segments is not None:
+            here = hello["host"] == self.state.host and hello.get("shared_memory") == segments.id
+            link.unshared = None if link.trusted and here else segments.read
 
     def _client_id(self, hello: dict[str, Any]) -> int:
         """The one it had, if nobody else has it; else one drawn among the free ones."""
@@ -388,7 +406,10 @@ class Broker:
             "orphan_grace_s": config.orphan_grace_s,
             "recovering": self.state.window is not None,
             "predecessors": list(self.state.predecessors),
+            "segments": None,
         }
+        if self.state.segments is not None and link.unshared is None:
+            fields["segments"] = [self.state.segments.prefix, config.shared_memory_from, config.shared_memory_bytes]
         self._send_link(link, [[messages.WELCOME, fields]])
 
     def _link_due(self, name: str, now: float) -> None:
@@ -455,6 +476,7 @@ class Broker:
         everything = self.rebuild.end(now)
         self._do_asked([asked for asked in everything if is_of_the_past(asked.message)], now)
         self.rebuild.settle(now)
+        self.state.actions.append(Sweep(frozenset({*self.state.links, *self.state.unread})))
         self._do_asked([asked for asked in everything if not is_of_the_past(asked.message)], now)
 
     def _do_asked(self, everything: list[Asked], now: float) -> None:

@@ -15,6 +15,7 @@ from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.leftovers import Leftovers
 from forge_broker.core.recovery import UNHEALTHY_AFTER, backoff_s, is_forgiven
 from forge_broker.core.replicas import Replica, ReplicaMove, ReplicaState
 from forge_broker.core.requests import Request
@@ -44,6 +45,7 @@ class Lifecycle:
         catalogue: Catalogue,
         seating: Seating,
         telling: Telling,
+        leftovers: Leftovers,
     ) -> None:
         self._state = state
         self._dispatch = dispatch
@@ -51,6 +53,7 @@ class Lifecycle:
         self._catalogue = catalogue
         self._seating = seating
         self._telling = telling
+        self._leftovers = leftovers
 
     # Services.
 
@@ -270,6 +273,7 @@ class Lifecycle:
         if state.workers.pop(worker.name, None) is None:
             return
         worker.move(WorkerMove.END)
+        self._leftovers.of(worker, now)
         if not worker.launch and worker.host == state.host:
             for gpu in worker.gpus:
                 state.slots[gpu] = f"{KEPT}{worker.name}"
@@ -529,7 +533,7 @@ class Lifecycle:
 
     def check_finished(self) -> None:
         state = self._state
-        if state.terminating and not state.launches and not state.services:
+        if state.terminating and not state.launches and not state.services and not state.unread:
             state.actions.append(Exit())
 
     # Telling.

@@ -5,12 +5,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from forge_broker.core.events import Route
 from forge_contract.channel import Channel
 from forge_contract.framing import Frame, Outbox, encode, weigh
 from forge_contract.messages import BROKER_NAME, Message, column
+from forge_contract.segments import is_handle
+
+
+class Segments(Protocol):
+    """The shared memory of this machine, as far as we have to do with it (PROTOCOL.md §9.1)."""
+
+    id: str  # as hellos name it
+    prefix: str
+
+    def read(self, frame: Frame) -> Frame:
+        """The buffer that a handle stands for; never raises."""
 
 
 class Link:
@@ -36,6 +48,7 @@ class Link:
         "route",
         "timer_at",
         "trusted",
+        "unshared",
         "vitals",
         "watched",
     )
@@ -53,6 +66,8 @@ class Link:
         self.group: Message | None = None
         self.delivering = False  # a Deliver action is out for it in this turn
         self.heard_at = now
+        # For a peer that does not see our shared memory: what gives it the buffers that handles of others stand for.
+        self.unshared: Callable[[Frame], Frame] | None = _as_it_is
         self.watched = False  # the kernel will tell of its death
         self.vitals: dict[str, Any] = {}
         self.timer_at = float("inf")  # when the deadline heap will look at its channel
@@ -82,8 +97,14 @@ class Link:
         channel = self.channel
         number = channel.next_number()
         frames = self.outbox.seal(BROKER_NAME, channel.epoch, self.incarnation, number, channel.received)
+        if len(frames) > 2 and self.unshared is not None:
+            frames[2:] = [self.unshared(frame) if is_handle(frame) else frame for frame in frames[2:]]
         channel.keep(frames, weigh(frames), now)
         return frames
 
     def unnumbered(self, body: list[Message]) -> list[Frame]:
         return encode(BROKER_NAME, self.channel.epoch, self.incarnation, 0, self.channel.received, body)
+
+
+def _as_it_is(frame: Frame) -> Frame:
+    return frame

@@ -15,7 +15,9 @@ from forge_broker.core.requests import Request
 from forge_broker.core.services import Endpoint, Service, Session
 from forge_broker.core.state import State
 from forge_contract.errors import OutcomeUnknown, PoisonedRequest, ReplicaLost, SessionClosed, SessionLost
+from forge_contract.framing import weigh
 from forge_contract.messages import UNTOUCHED, show_request
+from forge_contract.segments import is_handle
 
 
 class Returns:
@@ -124,6 +126,10 @@ class Returns:
         state.story.tell(now, name, f"kept as a dead letter after {request.deaths} deaths")
         state.note("warning", "poisoned request", request=name, endpoint=request.endpoint.full_name, why=why)
         state.counters["poisoned"] += 1
+        payload = request.payload
+        if state.segments is not None and not isinstance(payload, bytes):
+            # The letter outlives the call, and with it the client's lease.
+            payload = [state.segments.read(part) if is_handle(part) else part for part in payload]
         lines = [f"{entry.when - now:+.3f} s  {entry.text}" for entry in state.story.of(name)]
         state.dead.add(
             DeadLetter(
@@ -133,9 +139,9 @@ class Returns:
                 attempts=request.deaths,
                 died_at=now,
                 why=why,
-                payload=request.payload,
+                payload=payload,
                 trusted=request.trusted,
-                size=request.size,
+                size=len(payload) if isinstance(payload, bytes) else weigh(payload),
                 story=lines,
             )
         )

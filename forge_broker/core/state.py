@@ -15,7 +15,7 @@ from forge_broker.core.clients import Client
 from forge_broker.core.dead_letters import DeadLetters
 from forge_broker.core.deadlines import Deadlines
 from forge_broker.core.ledger import Ledger
-from forge_broker.core.links import Link
+from forge_broker.core.links import Link, Segments
 from forge_broker.core.replicas import Replica
 from forge_broker.core.services import Endpoint, Service
 from forge_broker.core.story import Story
@@ -56,6 +56,7 @@ class State:
         random: Random,
         unpickle: Callable[[bytes], Any],
         now: float,
+        segments: Segments | None = None,
         recovering: bool = False,
     ) -> None:
         self.config = config
@@ -64,6 +65,7 @@ class State:
         self.trusted = tuple(trusted)  # by address, as routes count them
         self.random = random
         self.unpickle = unpickle
+        self.segments = segments  # None: nobody shares memory
         self.started_at = now
         self.recovering = recovering  # we were started where another broker ended without a word
 
@@ -71,6 +73,10 @@ class State:
         self.links: dict[str, Link] = {}
         self.clients: dict[int, Client] = {}
         self.workers: dict[str, Worker] = {}
+
+        self.unread: dict[
+            str, tuple[Worker, float]
+        ] = {}  # gone since then, with results in shared memory that may be unread
 
         # What is served. Made by deploy, removed when the last worker is gone.
         self.services: dict[int, Service] = {}

@@ -37,6 +37,11 @@ def broker_status(state: State, now: float) -> dict[str, Any]:
         "launches": len(state.launches),
         "max_workers": state.config.max_workers,
         "queued_bytes": state.held_bytes,
+        "shared_memory": {
+            "on": state.segments is not None and state.config.shared_memory_from > 0,
+            "bytes": sum(link.vitals.get("segment_bytes", 0) for link in state.links.values()),
+            "refused": sum(link.vitals.get("segments_refused", 0) for link in state.links.values()),
+        },
         "dead_letters": len(state.dead),
         "checkpoint_bytes": state.checkpoint_bytes,
         "fenced_replies": state.ledger.fenced,

@@ -22,7 +22,20 @@ from typing import Any, Final
 
 import zmq
 
-from forge_broker.core.actions import Action, Deliver, Exit, Kill, KillPeer, Launch, Look, Note, Send, Watch
+from forge_broker.core.actions import (
+    Action,
+    Deliver,
+    Exit,
+    Kill,
+    KillPeer,
+    Launch,
+    Look,
+    Note,
+    Send,
+    Sweep,
+    Unlink,
+    Watch,
+)
 from forge_broker.core.broker import Broker
 from forge_broker.core.events import (
     Event,
@@ -40,6 +53,7 @@ from forge_broker.scalers.local import LocalScaler
 from forge_broker.shell.addresses import Bound, bind_all, make_private, release
 from forge_broker.shell.log import Log
 from forge_broker.shell.processes import Watches, host_id, is_stopped
+from forge_broker.shell.segments import Segments
 from forge_contract.addresses import is_loopback
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import ConfigError
@@ -77,6 +91,7 @@ class Server:
         self._done = False
         self._bound: list[Bound] = []
         self._scaler: LocalScaler | None = None
+        self._segments: Segments | None = None
         self._broker: Broker | None = None
 
     def run(self, ready: Callable[[list[str]], None]) -> int:
@@ -112,6 +127,10 @@ class Server:
                 self._log.write(Note("warning", "reachable from other machines, unencrypted", {"address": one.address}))
         # Workers we launch come in by the most trusted of our addresses.
         home = max(self._bound, key=lambda one: one.trusted)
+        self._segments = _segments(home)
+        orphaned = any(one.orphaned for one in self._bound)
+        if self._segments is not None and not orphaned:
+            self._segments.sweep(())
         self._scaler = LocalScaler(home.address, os.environ, log_dir)
         self._broker = Broker(
             State(
@@ -122,7 +141,8 @@ class Server:
                 random=random.Random(secrets.randbits(64)),
                 unpickle=_unpickle,
                 now=time.monotonic(),
-                recovering=any(one.orphaned for one in self._bound),
+                segments=self._segments,
+                recovering=orphaned,
             )
         )
         # What exists now lives as long as we do; a collection every 700 allocations would look at it for every few calls.
@@ -221,6 +241,12 @@ class Server:
                 self._send(action.route, action.frames)
             elif isinstance(action, Note):
                 self._log.write(action)
+            elif isinstance(action, Unlink):
+                if self._segments is not None:
+                    self._segments.unlink(action.owner)
+            elif isinstance(action, Sweep):
+                if self._segments is not None:
+                    self._segments.sweep(action.living)
             elif isinstance(action, Watch):
                 self._watch(action, now)
             elif isinstance(action, Launch):
@@ -278,11 +304,23 @@ class Server:
         if self._scaler is not None:
             self._scaler.kill_all()
             self._scaler.close()
+        if self._segments is not None:
+            self._segments.close()
         self._watches.close()
         self._others.close()
         for one in self._bound:
             release(one, linger_ms=LAST_WORDS_MS, directory_too=self._config.embedded)
         self._context.term()
+
+
+def _segments(home: Bound) -> Segments | None:
+    """Shared memory is for trusted peers, and for machines that have it."""
+    if not home.trusted:
+        return None
+    try:
+        return Segments(home.address)
+    except OSError:
+        return None
 
 
 def _unpickle(code: bytes) -> Any:

@@ -92,6 +92,14 @@ def test_a_page_fits_into_80_columns_and_cuts_no_workers_name() -> None:
     assert "3 of 10" in text
 
 
+def test_shared_memory_is_told_of_where_there_is_some_or_too_little() -> None:
+    none = {"on": True, "bytes": 0, "refused": 0}
+    assert "shared memory" not in shown(status_page(status(service(), shared_memory=none), "ipc:///b"))
+    some = {"on": True, "bytes": 3 << 20, "refused": 12}
+    text = shown(status_page(status(service(), shared_memory=some), "ipc:///b"), width=200)
+    assert "3.0 MiB of shared memory · no room in it for 12 payloads, which travelled" in text
+
+
 def test_why_a_replica_waits_and_its_last_error_are_told_in_full() -> None:
     """A3, F7"""
     trouble = [

@@ -38,6 +38,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "BatchError": {"endpoint": "Echo.predict", "why": "3 results for 4 items"},
     "UnknownSession": {"service": "Echo", "session": "s"},
     "SessionClosed": {"service": "Echo", "session": "s", "why": ""},
+    "SegmentLost": {"segment": "forge-1-w-2-3", "why": "No such file or directory"},
     "SessionLost": {"service": "Echo", "session": "s", "replica": "Echo/0"},
     "RemoteError": {"type_name": "KeyError", "remote_message": "'k'", "remote_traceback": "…"},
     "ForgeError": {"message": "something"},

@@ -52,7 +52,7 @@ TRUSTED, UNTRUSTED = 0, 1  # the bench's two addresses
 class Bench:
     """One broker, its clock, its peers."""
 
-    def __init__(self, unpickle: Any = None, *, recovering: bool = False, **config: Any) -> None:
+    def __init__(self, unpickle: Any = None, *, recovering: bool = False, segments: Any = None, **config: Any) -> None:
         self.now = 1000.0
         self.broker = Broker(
             State(
@@ -63,6 +63,7 @@ class Bench:
                 random=random.Random(1),
                 unpickle=unpickle or (lambda code: code),
                 now=self.now,
+                segments=segments,
                 recovering=recovering,
             )
         )
@@ -172,6 +173,8 @@ class Peer:
         self.bench = bench
         self.name = f"{hello['role'][0]}-{bench.names:016x}"
         self.fields = {"host": HERE, "hostname": "h", "pid": 7, "pid_namespace": 1, "started": 5, **hello}
+        if bench.state.segments is not None:
+            self.fields.setdefault("shared_memory", bench.state.segments.id)
         self.holdings: list[bytes] = []  # payloads of `holds` or `declares`
         self.epoch = 1
         self.sent = 0
