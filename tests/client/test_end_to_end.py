@@ -315,6 +315,9 @@ async def test_an_embedded_broker_that_was_asked_to_end_is_lost_at_once_and_the_
     assert await asyncio.to_thread(client.embedded.process.wait, 10) == 0
     with pytest.raises((forge_client.BrokerLost, ServiceStopped)):
         await service.add.route()
+    with pytest.raises(forge_client.BrokerLost):  # at the latest when the client has noticed
+        await client.control("status", {})
+    assert client.over is not None
     assert await (await Counter.as_service(7)).add.route() == 8
 
 
