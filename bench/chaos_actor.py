@@ -9,9 +9,13 @@ import asyncio
 import os
 import time
 from pathlib import Path
+from typing import Final
 
 from bench.chaos_history import History
 from forge_client import ForgeActor, current_session, endpoint, service_endpoint
+
+BALLAST: Final = bytes(range(256)) * 1200
+"""Large enough to go through shared memory where that is possible."""
 
 
 class Counter(ForgeActor):
@@ -23,7 +27,9 @@ class Counter(ForgeActor):
         self._counts: dict[str, int] = {}
 
     @endpoint
-    async def work(self, call: str) -> int:
+    async def work(self, call: str, ballast: bytes = b"") -> int:
+        if ballast and ballast != BALLAST:
+            raise ValueError("the ballast came otherwise than it was sent")
         return await self._once("plain", call)
 
     @service_endpoint(batch_size=8, batch_timeout=0.002, batch_mode="call")

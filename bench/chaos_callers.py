@@ -18,6 +18,7 @@ from typing import Any, Final
 if not __package__:  # run as a plain script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.chaos_actor import BALLAST
 from bench.chaos_history import History
 from forge_client import (
     BrokerLost,
@@ -131,6 +132,8 @@ class Callers:
                 return call, service.add.route(call, n)
             if kind == "once":
                 return call, service.once.route(call)
+            if number % 16 == 0:
+                return call, service.work.route(call, BALLAST)
             # Every other one in batches.
             return call, (service.work_together if number % 2 else service.work).route(call)
         except ForgeError as error:
