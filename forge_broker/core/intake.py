@@ -15,6 +15,7 @@ from forge_broker.core.columns import batching, fill, read_calls, read_fanout
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.queues import Queue
+from forge_broker.core.replicas import LEAVING
 from forge_broker.core.replies import Replies
 from forge_broker.core.requests import Gather, Request
 from forge_broker.core.returns import Returns
@@ -30,7 +31,7 @@ from forge_contract.errors import (
     UnknownSession,
 )
 from forge_contract.framing import Payload, Payloads, weigh
-from forge_contract.messages import DROPPED, request_id, sequence_of
+from forge_contract.messages import DROPPED, UNTOUCHED, request_id, sequence_of
 
 PRUNE_FROM: Final = 10_000  # deadlines; below it, looking for outdated ones is not worth it
 
@@ -182,14 +183,19 @@ class Intake:
         return at, start
 
     def _reclaim(self, request: Request, claim: Claim, now: float) -> None:
-        """A call that was sent to our predecessor, and that a replica runs or has ended (F10): it is not run again."""
+        """A call that was sent to our predecessor, and that a replica runs or has ended (F10): it is not run again; or gave back."""
         replica = claim.replica
         wanted = [request.rank] if request.rank is not None else list(range(len(replica.ranks)))
         request.attempt = claim.attempt
         request.started_at = now
         if len(replica.ranks) > 1:
             request.parts = {rank: part for rank, part in claim.parts.items() if rank in wanted}
-        if all(rank in claim.parts for rank in wanted):
+        known = all(rank in claim.parts for rank in wanted)
+        if known and any(claim.parts[rank][0] == UNTOUCHED for rank in wanted):
+            if replica.pool is not None:
+                replica.pool.close(replica, LEAVING)  # as `Replies` does: its worker is on its way out
+            self._returns.take_back(replica, [request], f"{replica.name} gave it back", now, lost=False)
+        elif known:
             status, payload, trusted = claim.parts[wanted[0]]
             if request.parts is not None or status == DROPPED:
                 self._replies.ended(request, replica, status, payload, trusted)

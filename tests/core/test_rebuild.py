@@ -23,6 +23,7 @@ from forge_contract.messages import (
     SETTLED,
     STATES,
     STOP,
+    UNTOUCHED,
     request_id,
 )
 from tests.core.peers import TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer, spec
@@ -171,6 +172,24 @@ def test_a_call_that_a_worker_has_ended_is_answered_from_what_it_kept() -> None:
     bench.handle_gone(one)
     end_window(bench)
     assert client.results == {1: (OK, b"done")}
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "at_most_once"])
+def test_a_call_that_a_draining_worker_gave_back_runs_elsewhere(delivery: str) -> None:
+    """F9, F10: it has not run, whatever became of the broker that was told so; and its caller is not told what only workers say."""
+    of = deed(delivery=delivery)
+    bench = Bench(recovering=True)
+    one, two = worker_back(bench, 0, of=of), worker_back(bench, 1, of=of)
+    one.say([REPLIES, 3, [id_of(1)], 1, UNTOUCHED, [0]])
+    client = client_back(bench, of=of)
+    client.call(ENDPOINT, b"a", again=True)
+    end_window(bench)
+    assert (client.results, one.seen, two.seen) == ({}, [], [b"a"])
+    assert [attempt for _, attempt, _ in two.calls] == [2]
+    client.call(ENDPOINT, b"b")
+    assert (one.seen, two.seen) == ([], [b"a", b"b"])  # its worker is leaving
+    two.reply()
+    assert client.results == {1: (OK, b"a"), 2: (OK, b"b")}
 
 
 def test_what_nobody_ran_runs_now_or_is_unknown_as_its_delivery_says() -> None:
