@@ -11,7 +11,7 @@ Peers speak through links (hello, numbering: `links`); what they say goes to `di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from forge_broker.core.actions import Action, Look, Send, Sweep, Watch
 from forge_broker.core.answers import Answers
@@ -53,9 +53,6 @@ from forge_contract.errors import ForgeError, ProtocolError, ServiceStopped
 from forge_contract.framing import Envelope, Payloads, Taken, decode, encode
 from forge_contract.messages import BROKER_NAME
 from forge_contract.segments import is_handle
-
-if TYPE_CHECKING:
-    pass
 
 ASK_AGAIN_S: Final = 0.02  # whether the recovery window may end now, while somebody is awaited
 

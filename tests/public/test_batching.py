@@ -377,6 +377,9 @@ async def test_a_batch_that_nobody_waits_for_any_more_is_cancelled() -> None:
     for call in calls:
         call.cancel()
     await until_running(service, 0)
+    assert all(call.cancelled() for call in calls)
+    (replica,) = (await service.state())["replicas"]
+    assert (replica["state"], replica["active_requests"], replica["restarts"]) == ("HEALTHY", 0, 0)
 
 
 async def test_a_call_that_cannot_wait_takes_its_batch_along() -> None:

@@ -66,7 +66,7 @@ class Arrays(ForgeActor):
 
     @endpoint
     async def slowly(self, array: Any) -> float:
-        await asyncio.sleep(3600)
+        await asyncio.Event().wait()  # nobody sets it
         return float(array.sum())
 
     @service_endpoint(batch_size=4, batch_timeout=5.0, batch_mode="call", collate="stack")
