@@ -7,7 +7,7 @@ is for `returns` to say.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import groupby
 from math import inf
 from operator import attrgetter
@@ -84,7 +84,7 @@ class Dispatch:
             for replica, count in queue.deal(service.pool, queue.length):
                 self._dispatch_mixed(queue.take(count), replica, now)
         else:
-            self._route(queue.pop(), service, now)
+            self._follow([queue.pop()], service, self._dispatch, now)
         return True
 
     def _isolate(self, service: Service, now: float) -> None:
@@ -138,22 +138,28 @@ class Dispatch:
         for request in requests:
             if not pool.roomy:
                 break
-            self._route(request, service, now)
+            self._follow([request], service, self._dispatch, now)
             routed += 1
         return routed
 
-    def _route(self, request: Request, service: Service, now: float) -> None:
-        """A stateless call, while somebody has room: where the router says."""
-        replica = self._choose(request.endpoint.router, request, request.hints, now)
+    def _follow(
+        self,
+        requests: list[Request],
+        service: Service,
+        dispatch: Callable[[list[Request], Replica, float], None],
+        now: float,
+    ) -> None:
+        """Stateless calls, one or a batch, while somebody has room: where the router says, asked once, by the hints of the first."""
+        first = requests[0]
+        replica = self._choose(first.endpoint.router, first, first.hints, now)
         if isinstance(replica, RouterError):
-            self._answers.fail(request, replica)
-        elif service.pool.roomy >> replica.idx & 1:
-            self._dispatch([request], replica, now)
-        else:
-            self._park([request], replica)
-
-    def _park(self, requests: list[Request], replica: Replica) -> None:
-        """The router wants that replica, which has no room."""
+            for request in requests:
+                self._answers.fail(request, replica)
+            return
+        if service.pool.roomy >> replica.idx & 1:
+            dispatch(requests, replica, now)
+            return
+        # It wants one that has no room.
         limit = replica.service.config.max_queued_requests
         for request in requests:
             if replica.parked.length >= limit:
@@ -173,15 +179,7 @@ class Dispatch:
         if reason == "size" and len(batch) < lane.batcher.size:
             reason = "weight"  # enough calls wait, but the next is too heavy
         self._tell(batch, lane, reason, now)
-        first = batch[0]
-        replica = self._choose(first.endpoint.router, first, first.hints, now)
-        if isinstance(replica, RouterError):
-            for request in batch:
-                self._answers.fail(request, replica)
-        elif service.pool.roomy >> replica.idx & 1:
-            self._dispatch_batch(batch, replica, now)
-        else:
-            self._park(batch, replica)
+        self._follow(batch, service, self._dispatch_batch, now)
         return True
 
     def batch_due(self, key: tuple[Service, Queue], now: float) -> None:
