@@ -27,6 +27,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from forge_contract.errors import SegmentLost
@@ -86,8 +87,9 @@ class _Segment:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def discard(self) -> None:
-        """Remove the file. Who is just filling it, or has it mapped, keeps the memory."""
-        if os.path.lexists(self.path):
+        """Remove the file, unless the broker has done so: it clears away what the dead leave, and may take us for one. Who is just
+        filling it, or has it mapped, keeps the memory."""
+        with suppress(FileNotFoundError):  # asked before instead, it could go in between
             os.unlink(self.path)
 
     def __del__(self) -> None:

@@ -275,6 +275,22 @@ def test_closing_removes_all_files_and_leaves_views_alone(pool: Pool, tmp_path: 
     assert pool.share(after) is after
 
 
+def test_a_file_that_the_broker_removes_at_the_same_moment_is_no_error_at_closing(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases = [shared(pool, b"1" * MIB), shared(pool, b"2" * MIB)]
+    unlink = os.unlink
+
+    def late(path: str) -> None:  # the broker's sweep comes between whatever was asked before and this
+        unlink(path)
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", late)
+    pool.close()
+    assert files(tmp_path) == []
+    del leases
+
+
 def test_a_forked_child_leaves_its_parents_segments_alone(pool: Pool, tmp_path: Path) -> None:
     payload = shared(pool, b"1" * MIB)
     (view,) = read(payload, tmp_path)
