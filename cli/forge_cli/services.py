@@ -108,11 +108,7 @@ def call(endpoint: str, arguments: str | None, timeout: float | None, broker: st
       forge call gen.version --timeout 5      version()
       cat image.json | forge call digits.classify -
     """
-    service, dot, method = endpoint.rpartition(".")
-    if not (dot and service and method):
-        raise click.BadParameter(
-            f"{endpoint!r} is no SERVICE.ENDPOINT, such as gen.predict", param_hint="SERVICE.ENDPOINT"
-        )
+    service, method = split_endpoint(endpoint)
     positional, keywords = read_arguments(arguments)
     import_from_here()  # a result may be of a class that is defined here
     result = converse(
@@ -136,6 +132,14 @@ def stop(service: str, broker: str) -> None:
     """
     converse(broker, lambda client: client.control("stop", {"service": service}), waiting=f"stopping {service}")
     click.echo(f"{service} is stopped")
+
+
+def split_endpoint(text: str) -> tuple[str, str]:
+    """`gen.predict` as service and endpoint. Raises click.BadParameter."""
+    service, dot, method = text.rpartition(".")
+    if not (dot and service and method):
+        raise click.BadParameter(f"{text!r} is no SERVICE.ENDPOINT, such as gen.predict", param_hint="SERVICE.ENDPOINT")
+    return service, method
 
 
 def load_class(target: str) -> type[ForgeActor]:
@@ -230,18 +234,24 @@ def signature(method: Any) -> str:
 async def _call(
     service: str, method: str, positional: list[Any], keywords: dict[str, Any], timeout: float | None
 ) -> Any:
-    from forge_client import ActorHandle, UnknownEndpoint, get_service
+    from forge_client import ActorHandle
+
+    handle, endpoint = await find_endpoint(service, method, timeout)
+    if isinstance(handle, ActorHandle):
+        return await endpoint.call(*positional, **keywords)
+    return await endpoint.route(*positional, **keywords)
+
+
+async def find_endpoint(service: str, method: str, timeout: float | None) -> tuple[Any, Any]:
+    """The handle that runs under this name, and its endpoint. Raises UnknownService and UnknownEndpoint, with the closest names."""
+    from forge_client import UnknownEndpoint, get_service
 
     handle = await get_service(service)
     known = (await handle.bound()).targets
     if method not in known:
         raise UnknownEndpoint(name=method, owner=service, known=list(known))
     endpoint = getattr(handle, method)
-    if timeout is not None:
-        endpoint = endpoint.options(timeout=timeout)
-    if isinstance(handle, ActorHandle):
-        return await endpoint.call(*positional, **keywords)
-    return await endpoint.route(*positional, **keywords)
+    return handle, endpoint if timeout is None else endpoint.options(timeout=timeout)
 
 
 def read_arguments(text: str | None) -> tuple[list[Any], dict[str, Any]]:
