@@ -66,13 +66,7 @@ def deploy(
       forge deploy app.models:Trainer --procs 4 --option stop_grace_s=30
     """
     keywords = {key: read_value(value) for key, value in split_pairs(arguments, "--arg").items()}
-    chosen = {key: read_value(value) for key, value in split_pairs(options, "--option").items()}
-    flags = {"name": name, "num_replicas": replicas, "procs": procs, "with_gpus": with_gpus or None}
-    chosen |= {key: value for key, value in flags.items() if value is not None}
-    if isinstance(chosen.get("autoscaling"), dict):
-        from forge_contract.config import ServiceConfig
-
-        chosen["autoscaling"] = ServiceConfig.from_wire({"autoscaling": chosen["autoscaling"]}).autoscaling
+    chosen = read_options(options, name=name, num_replicas=replicas, procs=procs, with_gpus=with_gpus or None)
     cls = load_class(target).options(**chosen, detached=True)
     began = time.monotonic()
     service, told = converse(
@@ -142,6 +136,18 @@ def split_endpoint(text: str) -> tuple[str, str]:
     return service, method
 
 
+def read_options(pairs: tuple[str, ...], **flags: Any) -> dict[str, Any]:
+    """The options of ServiceConfig that a command line gives: those of --option, and flags that are not None. Raises
+    click.BadParameter and ConfigError."""
+    chosen = {key: read_value(value) for key, value in split_pairs(pairs, "--option").items()}
+    chosen |= {key: value for key, value in flags.items() if value is not None}
+    if isinstance(chosen.get("autoscaling"), dict):
+        from forge_contract.config import ServiceConfig
+
+        chosen["autoscaling"] = ServiceConfig.from_wire({"autoscaling": chosen["autoscaling"]}).autoscaling
+    return chosen
+
+
 def load_class(target: str) -> type[ForgeActor]:
     """The class behind `module:Class`, imported from the current directory. Raises Misused, with the user's own traceback when it
     is the user's module that raised."""
@@ -159,7 +165,7 @@ def load_class(target: str) -> type[ForgeActor]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise _broken(module_name, error) from error
         raise Misused(
-            f"there is no module {error.name!r} in {os.getcwd()} or on Python's path; run `forge deploy` where `import "
+            f"there is no module {error.name!r} in {os.getcwd()} or on Python's path; run this where `import "
             f"{module_name}` works",
         ) from error
     except Exception as error:
