@@ -19,7 +19,7 @@ from typing import Any, Final, Self, TypeVar
 from forge_contract.addresses import check_address
 from forge_contract.errors import ConfigError, did_you_mean
 from forge_contract.routing import make_router
-from forge_contract.scaling import DEFAULT_MOST, Limits
+from forge_contract.scaling import DEFAULT_MOST, Limits, make_policy
 
 Config = TypeVar("Config")
 
@@ -139,6 +139,9 @@ class AutoscalingConfig:
     max_queue_depth_emergency: float = 20.0  # calls waiting per healthy replica: ignores the cooldowns
     min_healthy_replicas_ratio: float = 0.5  # 0.0 … 1.0; no scale-down below it
 
+    # None: the thresholds above. A `ScalingPolicy`: an instance, class or factory, which goes to the broker by value; or "module:qualname",
+    # which the broker imports. Both only with trust.
+    policy: object = None
     evaluate_every_s: float = 1.0
     smoothing_s: float = (
         10.0  # of queue and load, before they are compared with thresholds; an emergency is not smoothed
@@ -152,7 +155,7 @@ class AutoscalingConfig:
         problems.at_least(
             self,
             0.0,
-            *(name for name in field_names(type(self)) if not name.endswith(("_size", "_every_s"))),
+            *(name for name in field_names(type(self)) if not name.endswith(("_size", "_every_s", "policy"))),
         )
         for name in ("scale_up_capacity_threshold", "scale_down_capacity_threshold", "min_healthy_replicas_ratio"):
             problems.need(getattr(self, name) <= 1.0, f"{name} is a share, at most 1.0, not {getattr(self, name)!r}")
@@ -167,10 +170,22 @@ class AutoscalingConfig:
             self.max_queue_depth_emergency >= self.scale_up_queue_depth_threshold,
             "max_queue_depth_emergency must not be below scale_up_queue_depth_threshold",
         )
+        if isinstance(self.policy, str):
+            problems.need(
+                all(part.replace(".", "_").isidentifier() for part in self.policy.partition(":")[::2]),
+                f"policy must be 'module:qualname', not {self.policy!r:.100}",
+            )
+        elif self.policy is not None:
+            try:
+                make_policy(self.policy)
+            except ConfigError as error:
+                problems.append(f"policy: {error.fields['message']}")
         problems.tell("AutoscalingConfig")
 
     def to_wire(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All but a policy by value, which travels beside this."""
+        fields = {name: getattr(self, name) for name in sorted(field_names(type(self)))}
+        return fields | {"policy": self.policy if isinstance(self.policy, str) else None}
 
 
 @_judging_names
@@ -339,7 +354,8 @@ class ServiceConfig:
         return field_names(cls) | {"default_replicas"}
 
     def to_wire(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = {name: getattr(self, name) for name in sorted(field_names(type(self)))}
+        return fields | {"autoscaling": None if self.autoscaling is None else self.autoscaling.to_wire()}
 
     @classmethod
     def from_wire(cls, fields: Any) -> Self:

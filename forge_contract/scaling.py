@@ -4,8 +4,9 @@ Nobody here measures, waits or starts anything. Whoever has a service (the broke
 gives it to `evaluate` with the state that the last evaluation returned, and does what the `Decision` says. The decision is one also when
 it says that nothing is to be done: its rule and its reason are what `forge why-scale` shows.
 
-Two figures are smoothed over `smoothing_s`, because a sample of a random process crosses any threshold sooner or later: the calls
-that wait, and the load, in replicas' worth of work (utilisation × healthy replicas), which does not change with the number of replicas.
+Three figures are smoothed over `smoothing_s`, because a sample of a random process crosses any threshold sooner or later: the calls
+that wait, the rate, and the load, in replicas' worth of work (utilisation × healthy replicas), which does not change with the number of
+replicas.
 Adding asks that the sample *and* the smoothed figure are past the threshold, so that neither a spike nor the memory of one is enough;
 only an emergency believes the sample alone.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from forge_contract.errors import ConfigError
 
 if TYPE_CHECKING:
     from forge_contract.config import AutoscalingConfig
@@ -46,7 +49,7 @@ class Observation(NamedTuple):
     capacity_utilization: float = (
         0.0  # 0.0 … 1.0: mean of in flight / limit over healthy replicas; 0 when there is none
     )
-    request_rate: float = 0.0  # calls/s of the service, over a window of time
+    request_rate: float = 0.0  # calls/s of the service, since the last observation or over some other window of time
     sessions: int = 0  # open
 
     @property
@@ -82,6 +85,7 @@ class PolicyState(NamedTuple):
     idle_since: float | None = None  # no call waits, runs or has come
     waiting: float = 0.0  # calls, smoothed
     load: float = 0.0  # replicas' worth of work, smoothed
+    rate: float = 0.0  # calls/s, smoothed
     peak: float = 0.0  # the highest `load` of late, while it is low; forgotten as slowly as a removal is waited for
     regrets: int = 0  # removals in a row that were soon taken back
     seen_at: float | None = None
@@ -89,10 +93,12 @@ class PolicyState(NamedTuple):
     def seen(self, observation: Observation, config: AutoscalingConfig, now: float) -> PolicyState:
         """The state after an observation; a second time at the same moment changes nothing."""
         waiting, load = float(observation.queued), observation.capacity_utilization * observation.healthy
+        rate = observation.request_rate
         passed = 0.0 if self.seen_at is None else max(0.0, now - self.seen_at)
         if self.seen_at is not None:
             kept = _kept(passed, config.smoothing_s)
             waiting, load = waiting + kept * (self.waiting - waiting), load + kept * (self.load - load)
+            rate += kept * (self.rate - rate)
         waiting, load = (0.0 if value < _NOTHING else value for value in (waiting, load))
         healthy = max(1, observation.healthy)
         low_since, idle_since = self.low_since, self.idle_since
@@ -115,6 +121,7 @@ class PolicyState(NamedTuple):
             idle_since=idle_since,
             waiting=waiting,
             load=load,
+            rate=rate,
             peak=peak,
             seen_at=now,
         )
@@ -231,7 +238,8 @@ class _Case(NamedTuple):
         if (share := load / expected) >= (most := config.scale_up_capacity_threshold):
             return "capacity", f"{share:.2f} of the room in use, scale_up_capacity_threshold={most:g}"
         # A rate alone says nothing of how long a call takes: it counts while a call waits, now and on average.
-        if waiting >= 1 and (rate := seen.request_rate / expected) >= (most := config.scale_up_request_rate_threshold):
+        rate = min(seen.request_rate, state.rate) / expected
+        if waiting >= 1 and rate >= (most := config.scale_up_request_rate_threshold):
             return "rate", f"{rate:.1f} calls/s per replica, scale_up_request_rate_threshold={most:g}"
         return None
 
@@ -295,6 +303,24 @@ class _Case(NamedTuple):
     def _bearable(self, remaining: int, most: float) -> bool:
         healthy = min(self.observation.healthy, remaining)
         return not healthy or self.state.peak < most * healthy
+
+
+def make_policy(given: object) -> ScalingPolicy:
+    """The policy behind an instance, a class or a factory. Raises ConfigError for anything else."""
+    made = given
+    if not isinstance(given, ScalingPolicy) and callable(given):
+        try:
+            made = given()
+        except Exception as error:
+            raise ConfigError(
+                where="policy", message=f"{given!r:.100} raised {type(error).__name__}: {error}"
+            ) from error
+    if not isinstance(made, ScalingPolicy) or type(made).decide is ScalingPolicy.decide:
+        raise ConfigError(
+            where="policy",
+            message=f"{given!r:.100} is no ScalingPolicy: give an instance, a subclass, a function that makes one, or 'module:qualname'",
+        )
+    return made
 
 
 class Evaluation(NamedTuple):

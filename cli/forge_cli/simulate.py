@@ -228,6 +228,7 @@ def _setup(
     **rest: Any,
 ) -> Setup:
     """Raises Misused for what does not fit the class."""
+    from forge_broker.shell.serve import load_named
     from forge_broker.simulator.model import ServiceModel
     from forge_broker.simulator.setup import Setup
     from forge_client.actor import endpoints_of, service_config
@@ -265,7 +266,14 @@ def _setup(
         rest["timeout_s"] = its.timeout
     spec = describe(cls, service_config(cls), "service", trusted=True)
     return Setup(
-        spec=spec, endpoint=endpoint, trace=trace, model=model, interruptible=is_async, unpickle=_unpickle, **rest
+        spec=spec,
+        endpoint=endpoint,
+        trace=trace,
+        model=model,
+        interruptible=is_async,
+        unpickle=_unpickle,
+        load=load_named,
+        **rest,
     )
 
 

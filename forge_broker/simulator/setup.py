@@ -25,7 +25,8 @@ class Setup:
     timeout_s: float | None = None  # of each call
     seed: int = 0
     sample_s: float | None = None  # an interval of the figures; None: 240 of them
-    unpickle: Callable[[bytes], Any] | None = None  # for custom routers and policies
+    unpickle: Callable[[bytes], Any] | None = None  # routers and policies that come by value
+    load: Callable[[str, list[str]], Any] | None = None  # policies that come by name
 
 
 def as_simulated(setup: Setup) -> tuple[dict[str, Any], ServiceConfig, list[str]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from heapq import heappop, heappush
+from itertools import takewhile
 from random import Random
 from typing import Any, Final
 
@@ -19,11 +20,11 @@ import msgpack
 from forge_broker.core.actions import Action, Deliver, Kill, Launch, Send, Watch
 from forge_broker.core.clients import Client
 from forge_broker.core.events import LaunchEnded, Received, Route, Watched
-from forge_broker.core.replicas import ReplicaState
 from forge_broker.core.services import Endpoint, Service
+from forge_broker.core.sizing import Decided
 from forge_broker.core.state import State
 from forge_broker.core.workers import Worker
-from forge_broker.simulator.figures import Figures, Sample, quantile
+from forge_broker.simulator.figures import Figures, Sample, ScaleEvent, quantile
 from forge_broker.simulator.model import Drawer
 from forge_broker.simulator.parties import Core, ModelWorker, Run
 from forge_broker.simulator.setup import Setup, as_simulated
@@ -48,7 +49,6 @@ from forge_contract.messages import (
     Message,
     spread,
 )
-from forge_contract.scaling import DEFAULT_MOST
 
 HERE: Final = "here"
 INCARNATION: Final = 1
@@ -56,7 +56,6 @@ EPOCH_S: Final = 1000.0  # when the world begins: the core takes a time of 0 for
 CLIENT: Final = "c-0000000000000000"
 SAMPLES: Final = 240  # of a run, where nothing else is said
 STARTS_WITHIN_S: Final = 86_400.0
-_LEAVING: Final = (ReplicaState.DRAINING, ReplicaState.STOPPED)
 
 
 def simulate(setup: Setup) -> Figures:
@@ -74,17 +73,17 @@ class World:
         self.figures = Figures()
         self._random = Random(setup.seed)
         self._spec, self.config, self.figures.notes = as_simulated(setup)
-        most = DEFAULT_MOST if self.config.max_replicas is None else self.config.max_replicas
         # Room for whatever is asked for: two generations of processes, one that drains and one that starts.
-        processes = 2 * max(most, self.config.initial_replicas) + 8
+        most = self.config.limits.most if self.config.autoscaling is not None else self.config.initial_replicas
         self.core = Core(
             State(
-                BrokerConfig(max_workers=processes, gpus=()),
+                BrokerConfig(max_workers=2 * most + 8, gpus=()),
                 incarnation=INCARNATION,
                 host=HERE,
                 trusted=(True,),
                 random=Random(setup.seed + 1),
                 unpickle=setup.unpickle or _nobody_unpickles,
+                load=setup.load or _nobody_loads,
                 now=self.now,
             )
         )
@@ -100,6 +99,8 @@ class World:
         self._launched: dict[int, float] = {}  # since when it runs
         self._client_id = 0
         self._endpoint: Endpoint
+        self.service: Service
+        self._decided: list[Decided] = []
         self._sent = 0  # envelopes of the client
         self._answer: tuple[bool, Any] | None = None
         self._arrived: list[float] = []  # of each call, by its sequence − 1
@@ -117,6 +118,7 @@ class World:
         ok, fields = self._until_answered()
         if not ok:
             raise from_wire(fields["error"])
+        self.service = self.core.state.services[fields["service"]]
         self._endpoint = self.core.state.endpoints[fields["endpoints"][self.setup.endpoint]]
         for number in range(self.setup.sessions):
             session = f"{number:016x}"
@@ -163,6 +165,8 @@ class World:
         figures.outstanding = figures.calls - len(figures.latencies) - figures.failed.total()
         for since in self._launched.values():
             figures.replica_seconds += end - max(since, began)
+        for one in self._decided:
+            figures.decisions[one.decision.rule] += one.count
         batcher = self._endpoint.batcher
         if batcher is not None:
             figures.batches = batcher.stats.snapshot()
@@ -185,7 +189,23 @@ class World:
             return False
         self.now = max(self.now, due)
         self._carry(self.core.tick(self.now))
+        if self.now >= self.began:
+            self._see_decisions()
         return True
+
+    def _see_decisions(self) -> None:
+        """What the policy has said since the last look: the service remembers the last hundred, we all."""
+        decided = self.service.sizing.decided
+        latest = self._decided[-1] if self._decided else None
+        if not decided or decided[-1] is latest:
+            return
+        fresh = [*takewhile(lambda one: one is not latest, reversed(decided))][::-1]
+        self._decided += fresh
+        self.figures.events += [
+            ScaleEvent(one.first - self.began, one.decision.delta, one.decision.rule, one.decision.reason, one.wanted)
+            for one in fresh
+            if one.decision.delta
+        ]
 
     def _sample(self, seconds: float) -> None:
         """The figures of an interval, at its end."""
@@ -197,7 +217,7 @@ class World:
             Sample(
                 at=self.now - self.began,
                 rate=(len(self._arrived) - self._calls_seen) / seconds,
-                wanted=sum(replica.state not in _LEAVING for replica in replicas),
+                wanted=self.service.wanted,
                 healthy=len(self.service.pool),
                 processes=len(self._launched),
                 queued=queued,
@@ -222,6 +242,7 @@ class World:
             columns["timeout"] = self.setup.timeout_s
         message = [CALLS, self._endpoint.id, list(range(first, first + count)), [0] * count, columns]
         self._carry(self.core.heard_calls(self._client, message, self.now))
+        self._see_decisions()
         # The queue is longest just after a call came.
         endpoint = self._endpoint
         waiting = endpoint.queue.length + (0 if endpoint.batcher is None else endpoint.batcher.length)
@@ -230,11 +251,6 @@ class World:
     @property
     def _client(self) -> Client:
         return self.core.state.clients[self._client_id]
-
-    @property
-    def service(self) -> Service:
-        (service,) = self.core.state.services.values()
-        return service
 
     def _run_over(self, worker: ModelWorker, run: Run) -> None:
         link = self.core.state.links.get(worker.name)
@@ -381,6 +397,10 @@ class World:
 
 def _route(name: str) -> Route:
     return (0, name.encode())
+
+
+def _nobody_loads(name: str, path: list[str]) -> Any:
+    raise ConfigError(where="simulation", message=f"{name} came by name, and nobody said how to load it")
 
 
 def _nobody_unpickles(code: bytes) -> Any:
