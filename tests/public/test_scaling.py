@@ -91,3 +91,11 @@ async def test_a_policy_of_ones_own_decides(policy: Any) -> None:
         await service.start_session()
     state = await until(service, lambda state: healthy(state) == 2)
     assert state["scaling"]["last_change"]["reason"] == "one replica for each session"
+
+
+async def test_a_policy_the_broker_cannot_import_is_the_deployers_error() -> None:
+    """X1, A3: nothing of the service is left."""
+    scaling = AutoscalingConfig(policy="tests.public.test_scaling:Nobody")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="cannot be loaded in the broker: AttributeError"):
+            await Predictor.options(name="mine", autoscaling=scaling).as_service()
