@@ -66,8 +66,8 @@ class Decision(NamedTuple):
     """What to do (`delta` replicas more or less, 0: nothing), the rule that said so, and why.
 
     Rules that act: emergency, queue, capacity, rate (more), idle, low (fewer), wake (from zero), limits (into the limits).
-    Rules that do not: steady, low, cooldown, limits, ratio, headroom, sessions. Of a custom policy: what it says, or
-    custom, raised, clamped, nonsense.
+    Rules that do not: steady, low, cooldown, limits, ratio, headroom, sessions; of the broker, pending. Of a custom policy:
+    what it says, or custom, raised, clamped, nonsense.
     """
 
     delta: int

@@ -62,11 +62,16 @@ class Scaling:
         if sizing.policy is None or config.autoscaling is None:
             return
         seen = observe(service, now)
-        decision, sizing.state, flaw = evaluate(
-            sizing.policy, seen, config.autoscaling, config.limits, sizing.state, now
-        )
+        before = sizing.state
+        decision, sizing.state, flaw = evaluate(sizing.policy, seen, config.autoscaling, config.limits, before, now)
         if flaw is not None:
             state.counters[f"scaling_policy_{flaw}"] += 1
+        placeless = next((replica for replica in service.current if replica.pending_why), None)
+        if decision.delta > 0 and placeless is not None:
+            # One that waits for a place shows what is missing; more of them would only say it again.
+            why = f"{decision.reason}, but {placeless.name} is pending, because it {placeless.pending_why}"
+            decision = Decision(0, "pending", why, decision.figures)
+            sizing.state = before.seen(seen, config.autoscaling, now)
         self._decided(service, decision, now)
 
     def _decided(self, service: Service, decision: Decision, now: float) -> None:

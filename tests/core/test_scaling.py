@@ -184,9 +184,10 @@ def test_what_has_no_place_is_pending_with_the_reason_counts_as_starting_and_is_
     """X2, A3: a GPU never has two replicas."""
     serving = scaled(1, bench=Bench(gpus=("0",)), with_gpus=True)
     bench, client, (one,), endpoint = serving
-    client.call(endpoint, *[b"x"] * 8)
+    client.call(endpoint, *[b"x"] * 90)
     bench.advance(20.0)
-    assert serving.service.wanted == 2
+    assert serving.service.wanted == 2  # and no more, though it is an emergency
+    assert last(serving)["rule"] == "pending"
     assert not bench.of(Launch)
     pending = client.ask("state", service="Echo")["replicas"][1]["pending"]
     assert "needs 1 worker with 1 GPU" in pending
