@@ -27,6 +27,7 @@ DEFAULT_MOST: Final = 10  # replicas, where max_replicas is not given: one machi
 HEADROOM: Final = 0.9
 # How long low load is waited for at most, after removals that were taken back: twice an hour, no service flaps more often.
 MOST_PATIENCE_S: Final = 3600.0
+NOISE: Final = 1.0  # replicas' worth of work: by so much load may differ from what it was, and be the same
 MOST_ASKED: Final = 1_000_000  # of a custom policy's number, more is the same: it may be too long to print
 _NOTHING: Final = 1e-3  # of a call or of a replica's work: what decays never reaches zero
 
@@ -87,7 +88,8 @@ class PolicyState(NamedTuple):
     load: float = 0.0  # replicas' worth of work, smoothed
     rate: float = 0.0  # calls/s, smoothed
     peak: float = 0.0  # the highest `load` of late, while it is low; forgotten as slowly as a removal is waited for
-    regrets: int = 0  # removals in a row that were soon taken back
+    regrets: int = 0  # removals in a row that were taken back
+    load_then: float = 0.0  # `load` when a replica was last removed
     seen_at: float | None = None
 
     def seen(self, observation: Observation, config: AutoscalingConfig, now: float) -> PolicyState:
@@ -130,18 +132,23 @@ class PolicyState(NamedTuple):
         """The state after replicas were added or removed, by a decision or by hand."""
         if delta > 0:
             return self._replace(last_up=now)
-        return self._replace(last_down=now) if delta < 0 else self
+        return self._replace(last_down=now, load_then=self.load) if delta < 0 else self
 
     def regretting(self, config: AutoscalingConfig, now: float) -> PolicyState:
-        """The state when load asks for a replica more: if one was removed only just now, the next removal waits twice as long."""
+        """The state when load asks for a replica more: if the last one was removed by mistake, the next removal waits twice as long.
+
+        It was when it is taken back at once, or within an hour for hardly more load than there was then: that is noise, which asks
+        again however long low load was waited for. A load that has grown by more since says nothing of the removal.
+        """
         if self.last_down is None or (self.last_up is not None and self.last_up > self.last_down):
             return self
-        soon = now - self.last_down <= self.patience_s(config)
-        return self._replace(regrets=min(self.regrets + 1, 32) if soon else 0)
+        noise = self.load <= self.load_then + NOISE
+        mistaken = now - self.last_down <= (MOST_PATIENCE_S if noise else self.patience_s(config))
+        return self._replace(regrets=min(self.regrets + 1, 32) if mistaken else 0)
 
     def patience_s(self, config: AutoscalingConfig) -> float:
         """How long load has to be low before a replica goes: `scale_down_idle_time_threshold`, doubled for each removal in a
-        row that was taken back within it, up to an hour."""
+        row that was a mistake, up to an hour."""
         least = config.scale_down_idle_time_threshold
         return max(least, min(least * 2.0**self.regrets, MOST_PATIENCE_S))
 

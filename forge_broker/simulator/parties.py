@@ -29,7 +29,6 @@ from forge_contract.messages import (
 )
 
 _NONE: Final = Payloads(b"", ())  # arguments and results have no bytes here, so all messages can share it
-_OF_CALLS: Final = frozenset({DISPATCH, RESULTS})
 
 
 class Core(Broker):
@@ -49,11 +48,14 @@ class Core(Broker):
         link.close_group()
         number = link.channel.next_number()
         outbox = link.outbox
-        if all(message[0] in _OF_CALLS and (message[0] == DISPATCH or message[3] == OK) for message in outbox.body):
-            link.outbox = Outbox()
-            return outbox.body, _NONE
-        envelope = decode(outbox.seal(BROKER_NAME, link.channel.epoch, link.incarnation, number, 0))
-        return envelope.body, envelope.payloads
+        body = outbox.body
+        for message in body:
+            kind = message[0]
+            if kind != DISPATCH and (kind != RESULTS or message[3] != OK):
+                envelope = decode(outbox.seal(BROKER_NAME, link.channel.epoch, link.incarnation, number, 0))
+                return envelope.body, envelope.payloads
+        link.outbox = Outbox()
+        return body, _NONE
 
 
 class Run(NamedTuple):

@@ -97,7 +97,7 @@ class World:
         self._workers: dict[str, ModelWorker] = {}
         self._names: dict[Route, str] = {}
         self._launched: dict[int, float] = {}  # since when it runs
-        self._client_id = 0
+        self._client: Client
         self._endpoint: Endpoint
         self.service: Service
         self._decided: list[Decided] = []
@@ -119,6 +119,7 @@ class World:
         if not ok:
             raise from_wire(fields["error"])
         self.service = self.core.state.services[fields["service"]]
+        self.service.watchers.clear()  # nobody reads its metrics, a snapshot of every replica each second
         self._endpoint = self.core.state.endpoints[fields["endpoints"][self.setup.endpoint]]
         for number in range(self.setup.sessions):
             session = f"{number:016x}"
@@ -248,10 +249,6 @@ class World:
         waiting = endpoint.queue.length + (0 if endpoint.batcher is None else endpoint.batcher.length)
         self._queued_most = max(self._queued_most, waiting)
 
-    @property
-    def _client(self) -> Client:
-        return self.core.state.clients[self._client_id]
-
     def _run_over(self, worker: ModelWorker, run: Run) -> None:
         link = self.core.state.links.get(worker.name)
         if not isinstance(link, Worker):
@@ -289,15 +286,16 @@ class World:
                         self._worker_hears(self._workers[action.name], body)
             elif isinstance(action, Launch):
                 self._launched[action.launch] = self.now
-                self._later(self.setup.model.start_s, partial(self._started_process, action.launch))
+                self.later(self.setup.model.start_s, partial(self._started_process, action.launch))
             elif isinstance(action, Kill):
-                self._later(0.0, partial(self._end_process, action.launch, "signal SIGKILL"))
+                self.later(0.0, partial(self.end_process, action.launch, "signal SIGKILL"))
             elif isinstance(action, Send):
                 self._hear(action)
             elif isinstance(action, Watch):
                 self._carry(core.handle(Watched(action.name), self.now))
 
-    def _later(self, seconds: float, do: Callable[[], None]) -> None:
+    def later(self, seconds: float, do: Callable[[], None]) -> None:
+        """Something else that is to happen."""
         self._ties += 1
         heappush(self._heap, (self.now + seconds, self._ties, None, do))
 
@@ -343,7 +341,7 @@ class World:
         if self._workers.pop(worker.name, None) is None:
             return
         self._say(worker.name, worker, [BYE, "it was told to stop"])
-        self._end_process(worker.launch, "exit code 0")
+        self.end_process(worker.launch, "exit code 0")
 
     def _started_process(self, launch: int) -> None:
         if launch not in self._launched:
@@ -360,7 +358,8 @@ class World:
         )
         self._hello(name, {"role": "worker", "gpus": [], "launch": launch})
 
-    def _end_process(self, launch: int, why: str) -> None:
+    def end_process(self, launch: int, why: str) -> None:
+        """Now. `why`: as the kernel would tell it."""
         since = self._launched.pop(launch, None)
         if since is None:
             return
@@ -392,7 +391,7 @@ class World:
         """Unnumbered ones: a welcome, and now and then an acknowledgement."""
         for message in decode(send.frames).body:
             if message[0] == WELCOME and self._names.get(send.route) == CLIENT:
-                self._client_id = message[1]["client"]
+                self._client = self.core.state.clients[message[1]["client"]]
 
 
 def _route(name: str) -> Route:

@@ -296,6 +296,21 @@ def test_a_removal_that_is_taken_back_soon_makes_the_next_one_wait_twice_as_long
     assert state.patience_s(DEFAULT) == 300
 
 
+@pytest.mark.parametrize(
+    ("load_then", "after_s", "regrets"),
+    [(1.5, 3599.0, 1), (1.5, 3601.0, 0), (0.0, 299.0, 1), (0.0, 301.0, 0)],
+    ids=["the same load", "the same load, long after", "more load, soon after", "more load, later"],
+)
+def test_a_removal_is_a_mistake_when_the_load_that_takes_it_back_is_the_same_or_comes_at_once(
+    load_then: float, after_s: float, regrets: int
+) -> None:
+    """X1: two replicas' work asks for a replica more. Noise does so again and again, a load that has grown is another one."""
+    full = Observation(replicas=2, healthy=2, in_flight=20, capacity_utilization=1.0, request_rate=9.0)
+    removed = PolicyState(load=load_then).after(-1, 0.0)
+    state = evaluate(ThresholdPolicy(), full, DEFAULT, Limits(1, 9), removed, after_s).state
+    assert (state.last_up, state.regrets) == (after_s, regrets)
+
+
 class Says(ScalingPolicy):
     def __init__(self, answer: Any) -> None:
         self.answer = answer

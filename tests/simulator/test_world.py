@@ -52,9 +52,9 @@ def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
 def test_waiting_for_one_server_is_what_pollaczek_and_khinchine_say(spread: float) -> None:
     """Half of the time busy: rate × E[S²] / 2 (1 − ρ)."""
     model = ServiceModel(mean_s=0.02, spread=spread)
-    told = simulate(setup(constant(25, 1500), model, of={"replica_max_concurrent_requests": 1})).told()
+    told = simulate(setup(constant(25, 500), model, of={"replica_max_concurrent_requests": 1})).told()
     expected = 25 * 0.02**2 * (1 + spread**2) / (2 * 0.5)
-    assert told["waiting_s"]["mean"] == pytest.approx(expected, rel=0.06)
+    assert told["waiting_s"]["mean"] == pytest.approx(expected, rel=0.1)
     assert told["running_s"]["mean"] == pytest.approx(0.02, rel=0.02)
 
 
