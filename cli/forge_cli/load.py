@@ -292,6 +292,8 @@ def page(told: dict[str, Any], endpoint: str) -> RenderableType:
         for title, figures in (("ms from when due", told["latency_s"]), ("ms sent late", told["sent_late_s"])):
             table.add_row(title, *(number_ms(seconds) for seconds in figures.values()))
         parts += [Text(), table]
+        if told["spread"] is not None:
+            parts.append(Text(f"spread of the latencies, standard deviation over mean: {told['spread']:.2f}", "dim"))
     if told["errors"]:
         table = plain_table("ERROR", "#CALLS", "~THE FIRST SAID")
         for name, count in told["errors"].items():

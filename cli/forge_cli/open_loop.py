@@ -95,6 +95,7 @@ class Tally:
             "outstanding_at_end": self.outstanding if self.outstanding_at_end is None else self.outstanding_at_end,
             "unanswered": self.outstanding,
             "latency_s": _percentiles(latencies),
+            "spread": _spread(latencies),
             "sent_late_s": _percentiles(delays),
         }
 
@@ -106,6 +107,15 @@ def _percentiles(ordered: Sequence[float]) -> dict[str, float] | None:
     figures = {name: quantile(ordered, share) for name, share in PERCENTILES.items()}
     figures |= {"max": ordered[-1], "mean": math.fsum(ordered) / len(ordered)}
     return {name: round(seconds, 6) for name, seconds in figures.items()}
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """Standard deviation over mean, as `forge simulate --spread` takes it; None of fewer than two, or of nothing but 0."""
+    mean = math.fsum(values) / len(values) if values else 0.0
+    if len(values) < 2 or not mean:
+        return None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return round(math.sqrt(variance) / mean, 4)
 
 
 class OpenLoop:

@@ -104,6 +104,8 @@ async def test_a_latency_counts_from_when_the_call_was_due_so_a_stall_is_in_it()
     stalled = [1.01, 0.91, 0.81, 0.71, 0.61, 0.51, 0.41, 0.31, 0.21, 0.11]
     assert sorted(loop.tally.latencies, reverse=True)[:10] == pytest.approx(stalled)
     assert sorted(loop.tally.latencies)[:20] == pytest.approx([0.01] * 20)
+    whole = stalled + [0.01] * 20
+    assert loop.tally.told()["spread"] == pytest.approx(statistics.stdev(whole) / statistics.mean(whole), abs=1e-4)
 
 
 async def test_a_generator_that_cannot_keep_up_says_so_and_ends_in_time() -> None:
