@@ -1,8 +1,8 @@
 """A burst of calls, and a service that grows for it and shrinks again: load, replicas and latency, drawn over time.
 
 The digit classifier of `digits.py` reads scans that each replica fetches first, from a store that takes `FETCH_S` for one. A replica
-fetches two at a time, so it serves some 80 calls/s. Calls arrive at random, whether the earlier ones are answered or not: 30 a
-second, in the burst 200, then 30 again. Nobody tells the service; the broker sees the queue, and adds and removes replicas. Every
+fetches two at a time, so it serves some 80 calls/s. Calls arrive at random, whether the earlier ones are answered or not: 20 a
+second, in the burst 200, then 20 again. Nobody tells the service; the broker sees the queue, and adds and removes replicas. Every
 answer is compared with what the model says here.
 
     python examples/autoscale.py
@@ -28,7 +28,7 @@ from forge_client import AutoscalingConfig, ForgeActor, LeastLoadedRouter, Servi
 
 SEED = 0
 FETCH_S = 0.025
-CALM = 30.0  # calls/s
+CALM = 20.0  # calls/s
 BURST = 50.0  # calls/s for each replica that there may be: they can keep up, and one cannot
 LOOK_EVERY_S = 0.25
 BOUND_S = 60.0  # for replicas to come, or to go
@@ -36,8 +36,9 @@ BOUND_S = 60.0  # for replicas to come, or to go
 # A minute's demonstration: with the defaults, which suit a service that runs for months, it would take half an hour.
 SCALING = AutoscalingConfig(
     scale_up_queue_depth_threshold=4.0,
+    scale_up_capacity_threshold=0.9,
     scale_up_request_rate_threshold=100.0,
-    smoothing_s=1.0,
+    smoothing_s=2.0,
     scale_up_cooldown=1.0,
     scale_down_cooldown=1.5,
     min_time_between_scale_events=1.0,
