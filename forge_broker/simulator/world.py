@@ -243,7 +243,6 @@ class World:
             columns["timeout"] = self.setup.timeout_s
         message = [CALLS, self._endpoint.id, list(range(first, first + count)), [0] * count, columns]
         self._carry(self.core.heard_calls(self._client, message, self.now))
-        self._see_decisions()
         # The queue is longest just after a call came.
         endpoint = self._endpoint
         waiting = endpoint.queue.length + (0 if endpoint.batcher is None else endpoint.batcher.length)
