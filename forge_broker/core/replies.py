@@ -9,15 +9,16 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from forge_broker.core.answers import Answers, Run, packed
+from forge_broker.core.answers import OUTCOMES, Answers, Run, packed
 from forge_broker.core.clients import Client
 from forge_broker.core.columns import part, read_replies
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.latency import add
 from forge_broker.core.replicas import LEAVING, Replica
 from forge_broker.core.requests import Request, Slice
 from forge_broker.core.returns import Returns
-from forge_broker.core.services import Service
+from forge_broker.core.services import Endpoint, Service
 from forge_broker.core.state import State
 from forge_broker.core.workers import Worker
 from forge_contract.errors import CallCancelled
@@ -25,12 +26,13 @@ from forge_contract.framing import Payload, Payloads
 from forge_contract.messages import DROPPED, FAILED, OK, SEQUENCE_MASK, UNTOUCHED, show_request, spread
 
 METRICS_EVERY_S = 1.0
+METRICS_REPLICAS = 100  # with more of them, snapshots are rarer
 
 
 class Ends:
     """What the replies of one envelope come to."""
 
-    __slots__ = ("client", "count", "latency_s", "replica", "room", "run", "succeeded", "untouched", "worker")
+    __slots__ = ("alike", "client", "count", "latency_s", "replica", "room", "run", "succeeded", "untouched", "worker")
 
     def __init__(self, replica: Replica, worker: Worker) -> None:
         self.replica = replica
@@ -41,6 +43,9 @@ class Ends:
         self.room = 0  # units of it that are free again
         self.succeeded = 0
         self.latency_s = 0.0  # all together
+        # Calls that came, left and ended alike, which is most of an envelope: endpoint, status (-1: its outcome is counted by who
+        # answers it), accepted at, dispatched at → how many. They are counted together.
+        self.alike: dict[tuple[Endpoint, int, float, float], int] = {}
         self.untouched: list[Request] = []  # given back
 
 
@@ -102,10 +107,15 @@ class Replies:
             [key & SEQUENCE_MASK for key in ids], OK, sizes, payloads.take_packed(sizes), ends.worker.trusted
         )
         self._state.deliver(client)
-        ends.count += len(ids)
-        ends.succeeded += len(ids)
-        ends.latency_s += (now - one.queued_at) * len(ids)
-        ends.room += len(ids) if one.batch is None else one.batch.ended(len(ids))
+        count = len(ids)
+        ran_s = now - one.queued_at
+        stats = one.endpoint.stats
+        stats.outcomes["ok"] += count
+        add(stats.latency, ends.replica.stats.latency, count, 0.0, ran_s, now)
+        ends.count += count
+        ends.succeeded += count
+        ends.latency_s += ran_s * count
+        ends.room += count if one.batch is None else one.batch.ended(count)
         return True
 
     def _end_each(
@@ -155,7 +165,12 @@ class Replies:
                 run.sequences.append(key & SEQUENCE_MASK)
                 run.statuses.append(status)
                 run.payloads.append(payload)
+                alike = (request.endpoint, status, request.queued_at, request.started_at)
+                ends.alike[alike] = ends.alike.get(alike, 0) + 1
             else:
+                if status != DROPPED:
+                    alike = (request.endpoint, -1, request.queued_at, request.started_at)
+                    ends.alike[alike] = ends.alike.get(alike, 0) + 1
                 self.ended(request, replica, status, payload, trusted)
                 worker.unsettled.append((number, request, 0))
 
@@ -181,6 +196,10 @@ class Replies:
         state, replica, untouched = self._state, ends.replica, ends.untouched
         failed = ends.count - ends.succeeded - len(untouched)
         replica.stats.ended(ends.succeeded, failed, ends.latency_s, now)
+        for (endpoint, status, queued_at, started_at), count in ends.alike.items():
+            add(endpoint.stats.latency, replica.stats.latency, count, started_at - queued_at, now - started_at, now)
+            if status >= 0:
+                endpoint.stats.outcomes[OUTCOMES[status]] += count
         service: Service = replica.service
         if replica.pool is None:
             replica.active -= ends.room
@@ -193,7 +212,8 @@ class Replies:
                 replica.pool.close(replica, LEAVING)  # its worker is leaving: what it got now would come back at once
             self._returns.take_back(replica, untouched, f"{replica.name} gave it back", now, lost=False)
         if service.watchers and not service.metrics_at:
-            service.metrics_at = now + METRICS_EVERY_S
+            # A snapshot grows with the replicas: so many bytes a second at most, however many there are.
+            service.metrics_at = now + METRICS_EVERY_S * max(1.0, len(service.replicas) / METRICS_REPLICAS)
             state.deadlines.add(service.metrics_at, Kind.METRICS, service.id)
         if replica.parked.length:
             service.wake(replica.parked)
