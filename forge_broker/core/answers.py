@@ -31,7 +31,7 @@ from forge_contract.messages import FAILED, OK, PARTS, RAISED, SEQUENCE_MASK, se
 Part = tuple[int, Payload, bool]
 """Status, payload, trusted."""
 
-OUTCOMES: Final = {OK: "ok", RAISED: "raised", FAILED: "failed"}
+ANSWERED: Final = {OK: "ok", RAISED: "raised", FAILED: "failed"}
 """How a call ended that a replica answered, as its endpoint counts it."""
 
 _OUTCOMES_BY_ERROR: Final[dict[type[ForgeError], str]] = {
@@ -91,7 +91,7 @@ class Answers:
             self.gathered(call.gather, idx, {(idx, 0): (status, payload, trusted)})
             return
         client: Client = call.client
-        self.settle(call, client, outcome or OUTCOMES[status])
+        self.settle(call, client, outcome or ANSWERED[status])
         client.add_results([call.id & SEQUENCE_MASK], [status], [payload], trusted)
         if not client.delivering:
             self._state.deliver(client)
@@ -151,7 +151,7 @@ class Answers:
 
 def _worst(statuses: Iterable[int]) -> str:
     """A call of several parts is ok when all of them are."""
-    return OUTCOMES[max(statuses, default=OK)]
+    return ANSWERED[max(statuses, default=OK)]
 
 
 def packed(error: ForgeError) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from forge_broker.core.answers import OUTCOMES, Answers, Run, packed
+from forge_broker.core.answers import ANSWERED, Answers, Run, packed
 from forge_broker.core.clients import Client
 from forge_broker.core.columns import part, read_replies
 from forge_broker.core.deadlines import Kind
@@ -18,7 +18,7 @@ from forge_broker.core.latency import add
 from forge_broker.core.replicas import LEAVING, Replica
 from forge_broker.core.requests import Request, Slice
 from forge_broker.core.returns import Returns
-from forge_broker.core.services import Endpoint, Service
+from forge_broker.core.services import Service
 from forge_broker.core.state import State
 from forge_broker.core.workers import Worker
 from forge_contract.errors import CallCancelled
@@ -32,7 +32,7 @@ METRICS_REPLICAS = 100  # with more of them, snapshots are rarer
 class Ends:
     """What the replies of one envelope come to."""
 
-    __slots__ = ("alike", "client", "count", "latency_s", "replica", "room", "run", "succeeded", "untouched", "worker")
+    __slots__ = ("client", "count", "latency_s", "replica", "room", "run", "succeeded", "untouched", "worker")
 
     def __init__(self, replica: Replica, worker: Worker) -> None:
         self.replica = replica
@@ -43,9 +43,6 @@ class Ends:
         self.room = 0  # units of it that are free again
         self.succeeded = 0
         self.latency_s = 0.0  # all together
-        # Calls that came, left and ended alike, which is most of an envelope: endpoint, status (-1: its outcome is counted by who
-        # answers it), accepted at, dispatched at → how many. They are counted together.
-        self.alike: dict[tuple[Endpoint, int, float, float], int] = {}
         self.untouched: list[Request] = []  # given back
 
 
@@ -127,6 +124,9 @@ class Replies:
         held = state.ledger.held[replica.key]
         trusted = worker.trusted
         number = worker.channel.received  # of the envelope that this is in
+        # Most calls of an envelope came, left and ended alike; those in a row are counted together, `first` standing for them.
+        first: Request | None = None
+        alike = ended = 0
         for key, attempt, status, payload in zip(ids, attempts, statuses, taken, strict=True):
             request = state.ledger.one(replica, key)
             if request is None or request.attempt != attempt:
@@ -165,14 +165,32 @@ class Replies:
                 run.sequences.append(key & SEQUENCE_MASK)
                 run.statuses.append(status)
                 run.payloads.append(payload)
-                alike = (request.endpoint, status, request.queued_at, request.started_at)
-                ends.alike[alike] = ends.alike.get(alike, 0) + 1
+                if (
+                    first is not None
+                    and request.started_at == first.started_at
+                    and request.queued_at == first.queued_at
+                    and status == ended
+                    and request.endpoint is first.endpoint
+                ):
+                    alike += 1
+                    continue
+                if first is not None:
+                    first.endpoint.stats.outcomes[ANSWERED[ended]] += alike
+                    self._timed(first, replica, alike, now)
+                first, ended, alike = request, status, 1
             else:
-                if status != DROPPED:
-                    alike = (request.endpoint, -1, request.queued_at, request.started_at)
-                    ends.alike[alike] = ends.alike.get(alike, 0) + 1
+                if status != DROPPED:  # its outcome is counted by who answers it
+                    self._timed(request, replica, 1, now)
                 self.ended(request, replica, status, payload, trusted)
                 worker.unsettled.append((number, request, 0))
+        if first is not None:
+            first.endpoint.stats.outcomes[ANSWERED[ended]] += alike
+            self._timed(first, replica, alike, now)
+
+    def _timed(self, one: Request, replica: Replica, count: int, now: float) -> None:
+        """So many calls like this one have run until now."""
+        waited_s, ran_s = one.started_at - one.queued_at, now - one.started_at
+        add(one.endpoint.stats.latency, replica.stats.latency, count, waited_s, ran_s, now)
 
     def _next_client(self, ends: Ends, client: Client) -> None:
         """The replies from here on are another client's."""
@@ -196,10 +214,6 @@ class Replies:
         state, replica, untouched = self._state, ends.replica, ends.untouched
         failed = ends.count - ends.succeeded - len(untouched)
         replica.stats.ended(ends.succeeded, failed, ends.latency_s, now)
-        for (endpoint, status, queued_at, started_at), count in ends.alike.items():
-            add(endpoint.stats.latency, replica.stats.latency, count, started_at - queued_at, now - started_at, now)
-            if status >= 0:
-                endpoint.stats.outcomes[OUTCOMES[status]] += count
         service: Service = replica.service
         if replica.pool is None:
             replica.active -= ends.room

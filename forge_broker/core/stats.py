@@ -7,6 +7,7 @@ and `status` to say.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Final
 
 from forge_broker.core.latency import Latency
 
@@ -69,15 +70,31 @@ class ReplicaStats:
         self.window.add(succeeded + failed, latency_s, now)
 
 
+OUTCOMES: Final = (
+    "ok",
+    "raised",  # an exception of the user's code
+    "failed",  # one of ours, which a worker answered: a result that cannot travel, a batch of another length
+    "timed_out",
+    "cancelled",
+    "overloaded",
+    "no_replicas",  # none was healthy for too long
+    "lost",  # with its replica, and not to be tried again
+    "poisoned",
+    "refused",  # everything else that the broker answers: unknown sessions, services that stop, routers that raise
+    "abandoned",  # its client is gone
+)
+"""How a call can end for its caller."""
+
+
 class EndpointStats:
-    """Totals of one endpoint. `outcomes`: each call once, however often it was tried, by how it ended for its caller (`answers.OUTCOMES`
-    and `answers.outcome_of`); a fan-out is one call here, and one on each of its replicas in `latency`."""
+    """Totals of one endpoint. `outcomes`: each call once, however often it was tried; a fan-out is one call here, and one on each of its
+    replicas in `latency`."""
 
     __slots__ = ("latency", "outcomes", "retries")
 
     def __init__(self) -> None:
         self.latency = Latency()
-        self.outcomes: Counter[str] = Counter()
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.retries = 0  # attempts beyond the first
 
 
