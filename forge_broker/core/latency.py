@@ -53,11 +53,6 @@ class Histogram(NamedTuple):
         into = (wanted - seen[at - 1]) / self.counts[at]
         return above * into if not below else below * (above / below) ** into
 
-    def told(self) -> list[tuple[float, int]]:
-        """Calls up to each bound that a scrape is told, without the last, which is all of them."""
-        seen = list(accumulate(self.counts))
-        return [(BOUNDS[at], seen[at]) for at in TOLD]
-
     def snapshot(self) -> dict[str, Any]:
         """Seconds."""
         return {

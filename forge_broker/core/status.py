@@ -50,6 +50,16 @@ def broker_status(state: State, now: float) -> dict[str, Any]:
     }
 
 
+def broker_life(state: State, now: float) -> dict[str, Any]:
+    """What whoever runs the broker looks at most often: is it well, is it at work."""
+    return {
+        "uptime_s": round(now - state.started_at, 3),
+        "loop_lag_s": round(state.loop_lag_s(now), 3),
+        "recovering": state.window is not None,
+        "draining": bool(state.terminating),
+    }
+
+
 def missing(state: State) -> list[str]:
     """What a broker that recovers still waits for, for people."""
     window = state.window

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
@@ -48,15 +48,21 @@ from forge_broker.core.events import (
     Unroutable,
     Watched,
 )
+from forge_broker.core.families import families
 from forge_broker.core.state import State
+from forge_broker.core.status import broker_life, broker_status
 from forge_broker.scalers.local import LocalScaler
 from forge_broker.shell.addresses import Bound, bind_all, make_private, release
+from forge_broker.shell.inquiries import Inquiries
 from forge_broker.shell.log import Log
 from forge_broker.shell.processes import Watches, host_id, is_stopped
 from forge_broker.shell.segments import Segments
 from forge_contract.addresses import is_loopback
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import ConfigError
+
+if TYPE_CHECKING:
+    from forge_broker.shell.http_door import HttpDoor
 
 # Plain ints: pyzmq's flag enums cost more than the call they are passed to.
 _NOBLOCK = int(zmq.NOBLOCK)
@@ -93,6 +99,8 @@ class Server:
         self._scaler: LocalScaler | None = None
         self._segments: Segments | None = None
         self._broker: Broker | None = None
+        self._inquiries: Inquiries | None = None
+        self._http: HttpDoor | None = None
 
     def run(self, ready: Callable[[list[str]], None]) -> int:
         wake_in, wake_out = sockets.socketpair()
@@ -101,8 +109,9 @@ class Server:
         signal.set_wakeup_fd(wake_out.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
+        self._inquiries = Inquiries(wake_out)
         try:
-            self._start()
+            self._start(self._inquiries)
             ready([one.address for one in self._bound])
             self._loop(wake_in)
         finally:
@@ -112,7 +121,7 @@ class Server:
             wake_out.close()
         return 0
 
-    def _start(self) -> None:
+    def _start(self, inquiries: Inquiries) -> None:
         config = self._config
         log_dir = None
         if not config.embedded and config.log_dir is not None:
@@ -125,6 +134,10 @@ class Server:
             self._log.write(Note("info", "listening", {"address": one.address, "trust": trust}))
             if not is_loopback(one.address):
                 self._log.write(Note("warning", "reachable from other machines, unencrypted", {"address": one.address}))
+        if config.http is not None:
+            from forge_broker.shell.http_door import HttpDoor
+
+            self._http = HttpDoor(config, inquiries, self._log.write)
         # Workers we launch come in by the most trusted of our addresses.
         home = max(self._bound, key=lambda one: one.trusted)
         self._segments = _segments(home)
@@ -145,6 +158,9 @@ class Server:
                 recovering=orphaned,
             )
         )
+        if self._http is not None:
+            self._http.open()
+            self._log.write(Note("info", "serving http", {"url": self._http.url}))
         # What exists now lives as long as we do; a collection every 700 allocations would look at it for every few calls.
         gc.collect()
         gc.freeze()
@@ -201,6 +217,7 @@ class Server:
         assert self._scaler is not None
         if descriptor == wake.fileno():
             wake.recv(4096)
+            self._answer_inquiries(now)
             for ended in self._scaler.reap():
                 self._event(ended, now)
         elif descriptor == self._owner:
@@ -210,6 +227,18 @@ class Server:
         elif descriptor in self._watches:
             self._others.unregister(descriptor)
             self._event(ProcessGone(self._watches.ended(descriptor)), now)
+
+    def _answer_inquiries(self, now: float) -> None:
+        assert self._broker is not None
+        assert self._inquiries is not None
+        state = self._broker.state
+        self._inquiries.answer(
+            {
+                "families": lambda: families(state, now),
+                "life": lambda: broker_life(state, now),
+                "status": lambda: broker_status(state, now),
+            }
+        )
 
     def _drain(self, at: int, router: zmq.Socket[bytes], now: float) -> bool:
         """Hand every waiting envelope to the core; True when there may be more (W8). Called when the router is readable."""
@@ -301,6 +330,8 @@ class Server:
             router.send(frame, flags, copy=len(frame) < UNCOPIED_FROM)
 
     def _stop(self) -> None:
+        if self._http is not None:
+            self._http.close()
         if self._scaler is not None:
             self._scaler.kill_all()
             self._scaler.close()
