@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from operator import add as add_counts
 from operator import sub
 from typing import Any, Final, NamedTuple
 
@@ -67,7 +68,7 @@ class Histogram(NamedTuple):
 def merged(several: Iterable[Histogram]) -> Histogram:
     counts, sum_s = [0] * (len(BOUNDS) + 1), 0.0
     for one in several:
-        counts = list(map(int.__add__, counts, one.counts))
+        counts = list(map(add_counts, counts, one.counts))
         sum_s += one.sum_s
     return Histogram(counts, sum_s)
 
