@@ -12,6 +12,7 @@ import errno
 import json
 import selectors
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -32,6 +33,9 @@ ANSWER_S: Final = 2.0  # the loop's time to answer; past it the broker counts as
 SILENT_S: Final = 5.0  # a connection's, between two pieces of a request or an answer
 AT_ONCE: Final = 16  # connections; each has a thread
 TARGET_AT_MOST: Final = 2048  # bytes of path and query
+# Writing a page of 500 endpoints takes 0.2 s, in which the loop wants the interpreter back after each poll. With Python's own interval
+# (5 ms) a turn took 7 ms then, with this one 0.3 ms.
+SWITCH_S: Final = 0.0005
 
 PATHS: Final = ("/metrics", "/healthz", "/readyz", "/api/status")
 
@@ -62,6 +66,7 @@ class HttpDoor:
                 raise AddressInUse(address=f"http://{config.http}", holder="") from error
             raise ConfigError(where="http", message=f"{config.http}: {error.strerror or error}") from error
         self._inquiries = inquiries
+        self._switch_s = sys.getswitchinterval()
         self._ending, self._end = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="forge-http", daemon=True)
 
@@ -72,11 +77,13 @@ class HttpDoor:
         return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
     def open(self) -> None:
+        sys.setswitchinterval(SWITCH_S)
         self._thread.start()
 
     def close(self) -> None:
         """Takes nothing new; threads that still write to a slow reader end with the process."""
         self._inquiries.close()
+        sys.setswitchinterval(self._switch_s)
         self._end.close()
         if self._thread.is_alive():
             self._thread.join()
