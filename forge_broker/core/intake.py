@@ -54,9 +54,8 @@ class Intake:
         if endpoint is None or error is not None:
             payloads.take_all(sizes)
             for sequence in sequences:
-                self._answers.reject(
-                    client, sequence, error or UnknownService(name=f"of endpoint {endpoint_id}", known=[])
-                )
+                unknown = UnknownService(name=f"of endpoint {endpoint_id}", known=[])
+                self._answers.reject(client, sequence, error or unknown, endpoint)
             return
         if not sequences:
             return
@@ -103,7 +102,8 @@ class Intake:
                     request.batching = batching(columns, at)
                 if request.rank is not None and not 0 <= request.rank < endpoint.service.config.world:
                     why = f"rank {request.rank} of a mesh of {endpoint.service.config.world}"
-                    self._answers.reject(client, sequence, BadCall(endpoint=endpoint.full_name, why=why))
+                    bad = BadCall(endpoint=endpoint.full_name, why=why)
+                    self._answers.reject(client, sequence, bad, endpoint)
                     continue
                 if timeout is not None:
                     self._set_deadline(request, timeout[at] if isinstance(timeout, list) else timeout, now)
@@ -111,7 +111,8 @@ class Intake:
                 claimed.append((request, claim))
             elif repeated and endpoint.at_most_once:
                 why = "the broker died, and nobody says that it ran"
-                self._answers.reject(client, sequence, OutcomeUnknown(endpoint=endpoint.full_name, why=why))
+                unknown = OutcomeUnknown(endpoint=endpoint.full_name, why=why)
+                self._answers.reject(client, sequence, unknown, endpoint)
                 continue
             elif request.session is None:
                 stateless.append(request)
@@ -244,14 +245,15 @@ class Intake:
         error = self._refusal(client, endpoint)
         key = request_id(client.id, sequence)
         if endpoint is None or error is not None:
-            self._answers.reject(client, sequence, error or UnknownService(name=f"of endpoint {endpoint_id}", known=[]))
+            unknown = UnknownService(name=f"of endpoint {endpoint_id}", known=[])
+            self._answers.reject(client, sequence, error or unknown, endpoint)
             return
         if key in client.calls:
             state.counters["reused_ids"] += 1
             return
         service = endpoint.service
         if any(replica.parked.length >= service.config.max_queued_requests for replica in service.pool):
-            self._answers.reject(client, sequence, self._answers.overloaded(endpoint))
+            self._answers.reject(client, sequence, self._answers.overloaded(endpoint), endpoint)
             return
         size = len(payload) if type(payload) is bytes else weigh(payload)
         gather = Gather(key, client, endpoint, payload, size, now)
@@ -319,13 +321,12 @@ class Intake:
         session = service.sessions.get(request.session or "")
         sequence = sequence_of(request.id)
         if session is None:
-            self._answers.reject(
-                request.client, sequence, UnknownSession(service=service.name, session=request.session)
-            )
+            unknown = UnknownSession(service=service.name, session=request.session)
+            self._answers.reject(request.client, sequence, unknown, request.endpoint)
             return False
         if session.lost:
             error = SessionLost(session=session.id, service=service.name, why=session.lost)
-            self._answers.reject(request.client, sequence, error)
+            self._answers.reject(request.client, sequence, error, request.endpoint)
             return False
         session.used_at = now
         idx = service.pins.get(session.id)
@@ -334,7 +335,8 @@ class Intake:
         if session.suspects:
             queue = service.suspects
         if queue.length >= service.config.max_queued_requests:
-            self._answers.reject(request.client, sequence, self._answers.overloaded(request.endpoint))
+            overloaded = self._answers.overloaded(request.endpoint)
+            self._answers.reject(request.client, sequence, overloaded, request.endpoint)
             return False
         session.unpinned += queue is service.unpinned
         session.suspects += queue is service.suspects
