@@ -14,7 +14,9 @@ import selectors
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -31,6 +33,7 @@ from forge_contract.errors import AddressInUse, ConfigError
 
 ANSWER_S: Final = 2.0  # the loop's time to answer; past it the broker counts as ill
 SILENT_S: Final = 5.0  # a connection's, between two pieces of a request or an answer
+WHOLE_S: Final = 20.0  # a connection's: who says a byte now and then must not hold its place for ever
 AT_ONCE: Final = 16  # connections; each has a thread
 TARGET_AT_MOST: Final = 2048  # bytes of path and query
 # Writing a page of 500 endpoints takes 0.2 s, in which the loop wants the interpreter back after each poll. With Python's own interval
@@ -94,8 +97,13 @@ class HttpDoor:
         with selectors.DefaultSelector() as waiting:
             waiting.register(self._server, selectors.EVENT_READ)
             waiting.register(self._ending, selectors.EVENT_READ)
-            while all(key.fileobj is self._server for key, _ in waiting.select()):
-                self._server.handle_request()
+            while True:
+                ready = [key.fileobj for key, _ in waiting.select(self._server.patience())]
+                if self._ending in ready:
+                    return
+                if ready:
+                    self._server.handle_request()
+                self._server.end_overdue()
 
 
 class _Server(ThreadingHTTPServer):
@@ -121,6 +129,7 @@ class _Server(ThreadingHTTPServer):
         self.note = note
         self.local = local
         self._room = threading.BoundedSemaphore(AT_ONCE)
+        self._until: dict[socket.socket, float] = {}  # monotonic; in the order of their coming
         super().__init__(address, _Handler)
         self.socket.setblocking(False)
 
@@ -133,20 +142,42 @@ class _Server(ThreadingHTTPServer):
         if not self._room.acquire(blocking=False):
             self.shutdown_request(request)
             return
+        self._until[request] = time.monotonic() + WHOLE_S
         try:
             super().process_request(request, client_address)
         except BaseException:  # no thread could be started
-            self._room.release()
+            self._left(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            self._left(request)
+
+    def _left(self, request: socket.socket) -> None:
+        self._until.pop(request, None)
+        self._room.release()
+
+    def patience(self) -> float | None:
+        """Seconds until a connection may be overdue; None while there is none."""
+        first = next(iter(list(self._until.values())), None)
+        return None if first is None else max(0.0, first - time.monotonic())
+
+    def end_overdue(self) -> None:
+        """Their threads find the connection at its end, and leave."""
+        now = time.monotonic()
+        for request, until in list(self._until.items()):
+            if until <= now:
+                self._until.pop(request, None)
+                with suppress(OSError):  # it has ended meanwhile
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Of a connection: it was closed, or too slow. An error of ours is answered and noted where it is raised."""
+        """What a connection's thread ended by. That it was closed, or too slow, is its peer's affair."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            self.note(Note("error", "a connection over HTTP failed", {"why": f"{type(error).__name__}: {error}"}))
 
 
 class _Handler(BaseHTTPRequestHandler):

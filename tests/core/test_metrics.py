@@ -11,7 +11,7 @@ from bench.core_alone import rounds, serving
 from forge_broker.core.families import SECONDS, SIZES, Family, families
 from forge_broker.core.metrics import metrics
 from forge_client.metrics import Metrics
-from forge_contract.messages import FAILED, HEARTBEAT, RAISED, UNTOUCHED
+from forge_contract.messages import FAILED, HEARTBEAT, OK, RAISED, REPLIES, UNTOUCHED
 from tests.core.peers import Bench, ClientPeer
 
 
@@ -163,6 +163,24 @@ def test_every_call_is_counted_once_by_how_it_ended_for_its_caller() -> None:
     }
 
 
+def test_calls_of_one_envelope_that_did_not_end_alike_are_told_apart() -> None:
+    """X3: though those in a row that did are counted together: by status, endpoint, and when they came and left."""
+    bench, client, (worker,), predict = Bench().serving(1, replica_max_concurrent_requests=5)
+    client.call(predict, *[b"x"] * 3, timeout=60.0)  # each by itself
+    bench.advance(1.0)
+    client.call(predict, *[b"y"] * 3, timeout=60.0)  # one of them waits
+    bench.advance(1.0)
+    ids = [one[0] for one in worker.calls]
+    worker.calls = []
+    worker.say([REPLIES, worker.replica_epoch, ids, 1, [OK, RAISED, RAISED, OK, OK], [1] * 5], packed=b"abcde")
+    assert outcomes(bench) == {"ok": 3, "raised": 2}
+    worker.reply()
+    assert outcomes(bench) == {"ok": 4, "raised": 2}
+    (wait,) = samples(bench, "forge_call_wait_seconds").values()
+    (run,) = samples(bench, "forge_call_run_seconds").values()
+    assert (wait[-2:], run[-2:]) == ((6, 1.0), (6, 3 * 2.0 + 2 * 1.0))
+
+
 def test_a_fan_out_is_one_call_and_runs_on_each_replica() -> None:
     """A5, X3: ok if all of it was."""
     bench, client, (one, two), endpoint = Bench().serving(2)
@@ -259,7 +277,7 @@ def test_what_workers_say_of_themselves_is_told_of_each_and_what_they_do_not_say
     """F1, X3."""
     bench, _, (one, two), _ = Bench().serving(2)
     one.whisper([HEARTBEAT, {"cpu_s": 1.5, "rss": 4096, "gpu_bytes": 1 << 30, "gpu_busy": 0.5, "lag_s": 0.0}])
-    two.whisper([HEARTBEAT, {"cpu_s": 2.5, "rss": "much"}])
+    two.whisper([HEARTBEAT, {"cpu_s": 2.5, "rss": "much", "gpu_busy": float("nan"), "lag_s": float("inf")}])
     assert samples(bench, "forge_worker_cpu_seconds_total") == {(one.name, "Echo/0"): 1.5, (two.name, "Echo/1"): 2.5}
     assert samples(bench, "forge_worker_memory_bytes") == {(one.name, "Echo/0"): 4096}
     assert samples(bench, "forge_worker_gpu_memory_bytes") == {(one.name, "Echo/0"): 1 << 30}

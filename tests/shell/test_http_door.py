@@ -212,6 +212,13 @@ def test_a_loop_that_stands_still_is_told_in_time(monkeypatch: pytest.MonkeyPatc
             assert bare.json(path) == (503, {"error": "the broker's loop has not answered for 0.05 s"})
 
 
+def test_who_says_a_byte_now_and_then_does_not_hold_its_place_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_door, "WHOLE_S", 0.1)
+    with closing(Bare([])) as bare, socket.create_connection(("127.0.0.1", bare.port), BOUND_S) as slow:
+        slow.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert slow.recv(1) == b""  # long before it would have been silent for too long
+
+
 def test_a_bug_in_an_answer_is_answered_and_noted_and_the_next_asker_is_served() -> None:
     """It must not end the broker, and somebody has to find out."""
     notes: list[Note] = []
