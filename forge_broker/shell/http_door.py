@@ -25,6 +25,9 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 from forge_broker.core.actions import Note
+from forge_broker.core.families import families
+from forge_broker.core.state import State
+from forge_broker.core.status import broker_life, broker_status
 from forge_broker.shell.exposition import Exposition
 from forge_broker.shell.inquiries import Inquiries, LoopSilent
 from forge_contract.addresses import is_loopback, read_http
@@ -44,9 +47,10 @@ PATHS: Final = ("/metrics", "/healthz", "/readyz", "/api/status")
 
 
 class HttpDoor:
-    """Bound when made, serving from `open` to `close`. Raises ConfigError or AddressInUse."""
+    """Bound when made, serving from `open` to `close`. `wake`: a socket whose other end the loop watches; non-blocking. Raises ConfigError
+    or AddressInUse."""
 
-    def __init__(self, config: BrokerConfig, inquiries: Inquiries, note: Callable[[Note], None]) -> None:
+    def __init__(self, config: BrokerConfig, wake: socket.socket, note: Callable[[Note], None]) -> None:
         assert config.http is not None
         host, port = read_http(config.http)
         local = is_loopback(f"tcp://{config.http}")
@@ -62,13 +66,13 @@ class HttpDoor:
             raise ConfigError(
                 where="http", message="prometheus-client is not installed: pip install 'forge-broker[http]'"
             ) from error
+        self.inquiries = Inquiries(wake)
         try:
-            self._server = _Server((host, port), inquiries, exposition, note, local=local)
+            self._server = _Server((host, port), self.inquiries, exposition, note, local=local)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(address=f"http://{config.http}", holder="") from error
             raise ConfigError(where="http", message=f"{config.http}: {error.strerror or error}") from error
-        self._inquiries = inquiries
         self._switch_s = sys.getswitchinterval()
         self._ending, self._end = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="forge-http", daemon=True)
@@ -83,9 +87,19 @@ class HttpDoor:
         sys.setswitchinterval(SWITCH_S)
         self._thread.start()
 
+    def answer(self, state: State, now: float) -> None:
+        """The loop, when it was woken: what was asked for meanwhile."""
+        self.inquiries.answer(
+            {
+                "families": lambda: families(state, now),
+                "life": lambda: broker_life(state, now),
+                "status": lambda: broker_status(state, now),
+            }
+        )
+
     def close(self) -> None:
         """Takes nothing new; threads that still write to a slow reader end with the process."""
-        self._inquiries.close()
+        self.inquiries.close()
         sys.setswitchinterval(self._switch_s)
         self._end.close()
         if self._thread.is_alive():

@@ -50,12 +50,9 @@ from forge_broker.core.events import (
     Unroutable,
     Watched,
 )
-from forge_broker.core.families import families
 from forge_broker.core.state import State
-from forge_broker.core.status import broker_life, broker_status
 from forge_broker.scalers.local import LocalScaler
 from forge_broker.shell.addresses import Bound, bind_all, make_private, release
-from forge_broker.shell.inquiries import Inquiries
 from forge_broker.shell.log import Log
 from forge_broker.shell.processes import Watches, host_id, is_stopped
 from forge_broker.shell.segments import Segments
@@ -99,7 +96,6 @@ class Server:
         self._scaler: LocalScaler | None = None
         self._segments: Segments | None = None
         self._broker: Broker | None = None
-        self._inquiries: Inquiries | None = None
         self._http: HttpDoor | None = None
 
     def run(self, ready: Callable[[list[str]], None]) -> int:
@@ -109,9 +105,8 @@ class Server:
         signal.set_wakeup_fd(wake_out.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
-        self._inquiries = Inquiries(wake_out)
         try:
-            self._start(self._inquiries)
+            self._start(wake_out)
             ready([one.address for one in self._bound])
             self._loop(wake_in)
         finally:
@@ -121,7 +116,7 @@ class Server:
             wake_out.close()
         return 0
 
-    def _start(self, inquiries: Inquiries) -> None:
+    def _start(self, wake: sockets.socket) -> None:
         config = self._config
         log_dir = None
         if not config.embedded and config.log_dir is not None:
@@ -136,7 +131,11 @@ class Server:
         if config.http is not None:
             from forge_broker.shell.http_door import HttpDoor
 
-            self._http = HttpDoor(config, inquiries, self._log.write)
+            self._http = HttpDoor(config, wake, self._log.write)
+            if not is_loopback(f"tcp://{config.http}"):
+                self._log.write(
+                    Note("warning", "reachable from other machines, unencrypted", {"address": self._http.url})
+                )
         # Workers we launch come in by the most trusted of our addresses.
         home = max(self._bound, key=lambda one: one.trusted)
         self._segments = _segments(home)
@@ -215,7 +214,8 @@ class Server:
         assert self._scaler is not None
         if descriptor == wake.fileno():
             wake.recv(4096)
-            self._answer_inquiries(now)
+            if self._http is not None and self._broker is not None:
+                self._http.answer(self._broker.state, now)
             for ended in self._scaler.reap():
                 self._event(ended, now)
         elif descriptor == self._owner:
@@ -225,18 +225,6 @@ class Server:
         elif descriptor in self._watches:
             self._poller.unregister(descriptor)
             self._event(ProcessGone(self._watches.ended(descriptor)), now)
-
-    def _answer_inquiries(self, now: float) -> None:
-        assert self._broker is not None
-        assert self._inquiries is not None
-        state = self._broker.state
-        self._inquiries.answer(
-            {
-                "families": lambda: families(state, now),
-                "life": lambda: broker_life(state, now),
-                "status": lambda: broker_status(state, now),
-            }
-        )
 
     def _drain(self, at: int, router: zmq.Socket[bytes], now: float) -> None:
         """Hand every waiting envelope to the core, up to a bound (W8)."""

@@ -23,7 +23,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from forge_broker.core.actions import Note
 from forge_broker.shell import http_door
 from forge_broker.shell.http_door import AT_ONCE, HttpDoor
-from forge_broker.shell.inquiries import Inquiries
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import from_wire
 from forge_contract.messages import ANSWER, CONTROL
@@ -193,8 +192,8 @@ class Bare(Watched):
     def __init__(self, notes: list[Note]) -> None:
         self.heard, self.bell = socket.socketpair()
         self.bell.setblocking(False)
-        self.inquiries = Inquiries(self.bell)
-        self.door = HttpDoor(BrokerConfig(http="127.0.0.1:0"), self.inquiries, notes.append)
+        self.door = HttpDoor(BrokerConfig(http="127.0.0.1:0"), self.bell, notes.append)
+        self.inquiries = self.door.inquiries
         self.port = int(self.door.url.rpartition(":")[2])
         self.door.open()
 
