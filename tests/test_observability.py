@@ -96,6 +96,7 @@ tests:
       - {{series: 'up{{job="forge", instance="a"}}', values: '1 1 1 1 1 1 1 1 1 1 1 1 0 0 0'}}
       - {{series: 'forge_replicas{{instance="a", service="gen", state="HEALTHY"}}', values: '2x20'}}
       - {{series: 'forge_replicas{{instance="a", service="gen", state="RECOVERING"}}', values: '0x20'}}
+      - {{series: 'forge_replicas_wanted{{instance="a", service="gen"}}', values: '1x2 2x20'}}
       - {{series: 'forge_replicas_max{{instance="a", service="gen"}}', values: '2x20'}}
       - {{series: 'forge_room{{instance="a", service="gen"}}', values: '20x20'}}
       - {{series: 'forge_queue_length{{instance="a", service="gen", queue="predict"}}', values: '0 5+10x20'}}

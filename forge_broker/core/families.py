@@ -185,6 +185,11 @@ def _of_services(state: State) -> Iterator[Family]:
         ("service", "state"),
         ("service",),
     )
+    yield gauge(
+        "forge_replicas_wanted",
+        "Replicas that a service is to have, whatever they do.",
+        ((service, service.wanted) for service in services),
+    )
     for name, text, limit in (
         ("forge_replicas_min", "Fewest replicas that scaling may leave.", "min_replicas"),
         ("forge_replicas_max", "Most replicas that scaling may make.", "max_replicas"),

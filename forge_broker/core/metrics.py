@@ -35,6 +35,7 @@ def metrics(service: Service, now: float) -> dict[str, Any]:
             "latency": _latency(merged(wait for wait, _ in recent), merged(run for _, run in recent)),
             "retries": sum(endpoint.stats.retries for endpoint in service.endpoints),
             "restarts": service.stats.restarts,
+            "wanted_replicas": service.wanted,
             "scalings": {
                 direction: sum(n for (to, _), n in service.stats.scalings.items() if to == direction)
                 for direction in ("up", "down")

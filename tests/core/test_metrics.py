@@ -10,6 +10,7 @@ import pytest
 from bench.core_alone import rounds, serving
 from forge_broker.core.families import SECONDS, SIZES, Family, families
 from forge_broker.core.metrics import metrics
+from forge_broker.core.stats import ServiceStats
 from forge_client.metrics import Metrics
 from forge_contract.messages import FAILED, HEARTBEAT, OK, RAISED, REPLIES, UNTOUCHED
 from tests.core.peers import Bench, ClientPeer
@@ -245,20 +246,27 @@ def test_batches_are_told_by_reason_and_size() -> None:
     assert samples(bench, "forge_in_flight") == {("Echo",): 2}  # a batch takes one unit of room
 
 
-def test_scale_events_are_counted_by_direction_and_rule_of_which_there_are_not_too_many() -> None:
-    """X1, X3: a policy may name its rules as it likes."""
-    bench = Bench().serving(1).bench
-    stats = bench.service().stats
-    stats.scaled(3, "queue")
-    stats.scaled(1, "queue")
-    stats.scaled(-1, "idle")
-    assert samples(bench, "forge_scale_events_total") == {("Echo", "up", "queue"): 2, ("Echo", "down", "idle"): 1}
-    assert told(bench).scalings == {"up": 2, "down": 1}
+def test_scale_events_are_counted_by_direction_and_rule() -> None:
+    """X1, X3: by the policy as by hand."""
+    bench, client, _, _ = Bench().serving(1, max_replicas=8)
+    client.ask("scale", service="Echo", replicas=4, wait=False)
+    client.ask("scale", service="Echo", replicas=5, wait=False)
+    client.ask("scale", service="Echo", replicas=2, wait=False)
+    assert samples(bench, "forge_scale_events_total") == {("Echo", "up", "by hand"): 2, ("Echo", "down", "by hand"): 1}
+    assert samples(bench, "forge_replicas_wanted") == {("Echo",): 2}
+    assert samples(bench, "forge_replicas_max") == {("Echo",): 8}
+    assert (told(bench).wanted_replicas, told(bench).scalings) == (2, {"up": 2, "down": 1})
+
+
+def test_rules_of_scaling_are_kept_apart_as_long_as_they_are_not_too_many() -> None:
+    """X1, X3: a policy of the user's may name them as it likes."""
+    stats = ServiceStats()
     for n in range(1000):
         stats.scaled(1, f"because of {n}")
-    found = samples(bench, "forge_scale_events_total")
-    assert len(found) == 51
-    assert found["Echo", "up", "other"] == 952
+    stats.scaled(-1, "because of 0")
+    assert len(stats.scalings) == 52
+    assert stats.scalings["up", "other"] == 950
+    assert stats.scalings["down", "other"] == 1
 
 
 def test_what_waits_is_told_by_where_it_waits() -> None:
