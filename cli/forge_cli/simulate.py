@@ -28,7 +28,7 @@ PEAK: Final = 4  # times the rate, where --peak is not given
 MOST_CALLS_S: Final = 1e6
 MOST_S: Final = 31 * 86_400.0
 MOST_SESSIONS: Final = 100_000
-MOST_CALLS: Final = 50_000_000  # an hour of them is simulated in minutes; beyond that somebody slipped
+MOST_CALLS: Final = 10_000_000  # some minutes and half a gigabyte; beyond that somebody slipped
 
 
 @click.command(short_help="Run a service's settings against a load in virtual time, and show what they would do.")
@@ -146,7 +146,7 @@ def simulate(
     \b
     Examples:
       forge simulate app:Generator --trace step --rate 20 --peak 200 --service-time 50ms
-      forge simulate app:Generator --trace diurnal --for 24h --price 2.5 --plot day.png
+      forge simulate app:Generator --trace diurnal --rate 2 --peak 20 --for 24h --price 2.5 --plot day.png
       forge simulate app:Embed --trace spike --batch-time 20ms+2ms --option max_replicas=8
       forge simulate app:Generator --trace yesterday.csv --start-time 40s --option 'autoscaling={"scale_up_cooldown": 10}'
     """
@@ -208,11 +208,9 @@ def _trace(text: str, rate: float | None, peak: float | None, seconds: float | N
     else:
         low = DEFAULT_RATE if rate is None else rate
         found = trace_of(text, low, PEAK * low if peak is None else peak, DEFAULT_S if seconds is None else seconds)
-    expected = found.seconds * found.highest
+    expected = found.expected
     if expected > MOST_CALLS:
-        raise Misused(
-            f"up to {expected:,.0f} calls are too many to simulate (at most {MOST_CALLS:,}): shorten it with --for"
-        )
+        raise Misused(f"{expected:,.0f} calls are too many to simulate (at most {MOST_CALLS:,}): shorten it with --for")
     return found
 
 

@@ -18,6 +18,7 @@ from forge_contract.errors import ConfigError, did_you_mean
 SHAPES: Final = ("constant", "step", "spike", "diurnal")
 STEP_UP, STEP_DOWN = 0.25, 0.75  # of the time: long enough to settle before, and to see what is given back after
 SPIKE_AT, SPIKE_FOR = 0.25, 0.05
+STEPS: Final = 1000  # in which a rate is added up
 PROBLEMS_TOLD: Final = 5  # of a file: the first say what is wrong with the rest
 MOST_RATE: Final = 1e6  # calls/s
 MOST_SECONDS: Final = 31 * 86_400.0
@@ -32,6 +33,14 @@ class Trace(NamedTuple):
     highest: float
     recorded: tuple[float, ...] | None = None
 
+    @property
+    def expected(self) -> float:
+        """Calls, on average."""
+        if self.recorded is not None:
+            return float(len(self.recorded))
+        step = self.seconds / STEPS
+        return sum(self.rate((number + 0.5) * step) for number in range(STEPS)) * step
+
     def arrivals(self, random: Random) -> Iterator[float]:
         if self.recorded is not None:
             yield from self.recorded
@@ -40,9 +49,8 @@ class Trace(NamedTuple):
         if not highest:
             return
         draw, chance = random.expovariate, random.random
-        flat = self.name == "constant"
         while (at := at + draw(highest)) < seconds:
-            if flat or chance() * highest < rate(at):
+            if chance() * highest < rate(at):
                 yield at
 
 

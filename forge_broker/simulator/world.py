@@ -8,6 +8,7 @@ take (`model`). The same seed gives the same run.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable
 from functools import partial
 from heapq import heappop, heappush
@@ -103,8 +104,8 @@ class World:
         self._decided: list[Decided] = []
         self._sent = 0  # envelopes of the client
         self._answer: tuple[bool, Any] | None = None
-        self._arrived: list[float] = []  # of each call, by its sequence − 1
-        self._started: list[float] = []
+        self._arrived = array("d")  # of each call, by its sequence − 1
+        self._started = array("d")
         self._calls_seen = self._answers_seen = 0  # by the last sample
         self._queued_most = 0  # since then
         self._sessions: list[str] = []
@@ -234,8 +235,8 @@ class World:
         """So many calls, now."""
         arrived = self._arrived
         first = len(arrived) + 1
-        arrived += [self.now] * count
-        self._started += [0.0] * count
+        arrived.extend([self.now] * count)
+        self._started.extend([0.0] * count)
         columns: dict[str, Any] = {}
         if self._sessions:
             columns["session"] = [self._random.choice(self._sessions) for _ in range(count)]

@@ -38,6 +38,7 @@ def test_arrivals_come_at_the_rate_of_their_moment_in_order_and_repeat_with_thei
     assert arrivals == list(trace.arrivals(Random(5))) != list(trace.arrivals(Random(6)))
     assert arrivals == sorted(arrivals)
     assert 0 < arrivals[0] < arrivals[-1] < 1000
+    assert len(arrivals) == pytest.approx(trace.expected, abs=4 * math.sqrt(trace.expected))
     for start in range(0, 1000, 250):
         expected = sum(trace.rate(at + 0.5) for at in range(start, start + 250))
         assert counted(trace, start, start + 250) == pytest.approx(expected, abs=4 * math.sqrt(expected))
