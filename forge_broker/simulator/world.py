@@ -91,12 +91,10 @@ class World:
         self._drawer = Drawer(setup.model, Random(setup.seed + 2))
         options = next(one["options"] for one in self._spec["endpoints"] if one["name"] == setup.endpoint)
         self._in_calls: bool = options.get("batch_mode") == "call"
-        self._heap: list[
-            tuple[float, int, ModelWorker | None, Any]
-        ] = []  # (when, tie, whose run is over, the run; or what to do)
+        # (when, tie, whose run is over, the run), or (when, tie, None, what to do)
+        self._heap: list[tuple[float, int, ModelWorker | None, Any]] = []
         self._ties = 0
         self._workers: dict[str, ModelWorker] = {}
-        self._names: dict[Route, str] = {}
         self._launched: dict[int, float] = {}  # since when it runs
         self._client: Client
         self._endpoint: Endpoint
@@ -371,7 +369,6 @@ class World:
 
     def _hello(self, name: str, fields: dict[str, Any]) -> None:
         own = {"host": HERE, "hostname": HERE, "pid": 1, "pid_namespace": 1, "started": 1}
-        self._names[_route(name)] = name
         frames = encode(name, 1, 0, 0, 0, [[HELLO, own | fields, []]])
         self._carry(self.core.handle(Received(_route(name), frames), self.now))
 
@@ -390,7 +387,7 @@ class World:
     def _hear(self, send: Send) -> None:
         """Unnumbered ones: a welcome, and now and then an acknowledgement."""
         for message in decode(send.frames).body:
-            if message[0] == WELCOME and self._names.get(send.route) == CLIENT:
+            if message[0] == WELCOME and send.route == _route(CLIENT):
                 self._client = self.core.state.clients[message[1]["client"]]
 
 
