@@ -105,13 +105,13 @@ class Replies:
         )
         self._state.deliver(client)
         count = len(ids)
-        ran_s = now - one.queued_at
+        ran_s = now - one.started_at
         stats = one.endpoint.stats
         stats.outcomes["ok"] += count
-        add(stats.latency, ends.replica.stats.latency, count, 0.0, ran_s, now)
+        add(stats.latency, ends.replica.stats.latency, count, one.started_at - one.queued_at, ran_s, now)
         ends.count += count
         ends.succeeded += count
-        ends.latency_s += ran_s * count
+        ends.latency_s += (now - one.queued_at) * count
         ends.room += count if one.batch is None else one.batch.ended(count)
         return True
 

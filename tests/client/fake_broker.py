@@ -309,7 +309,7 @@ class Served:
             except zmq.Again:
                 break
             envelope = decode(frames)
-            if not envelope.body or envelope.body[0][0] != HEARTBEAT:  # they come through a socket of their own
+            if not envelope.body or envelope.body[0][0] != HEARTBEAT:  # those have a connection of their own
                 self._routes[envelope.sender] = route
             self.broker.take(frames, time.monotonic())
         for name, out in self.broker.sent(time.monotonic()):
