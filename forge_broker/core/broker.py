@@ -240,7 +240,10 @@ class Broker:
             state.counters["wrong_trust"] += 1
             return
         try:
-            if len(frames) > 1 and (link is None or link.unshared is not None) and any(map(is_handle, frames[1:])):
+            # Of who is unknown nothing is read but its hello. What it numbers was for a predecessor of ours, with whom it may well have
+            # shared memory: it is asked who it is, as it would be with small arguments.
+            barred = not envelope.number if link is None else link.unshared is not None
+            if len(frames) > 1 and barred and any(map(is_handle, frames[1:])):
                 raise ProtocolError("a handle to shared memory from a peer that has none with us")
             if envelope.number:
                 self._numbered(route, link, envelope, now)
