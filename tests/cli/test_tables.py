@@ -243,3 +243,11 @@ def test_durations_are_as_people_say_them(seconds: float, text: str) -> None:
 )
 def test_sizes_are_as_people_say_them(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_healthy_is_told_of_those_that_are_wanted() -> None:
+    """X2: one that leaves is not missed, and one that has no replica yet is."""
+    leaving = [replica("gen/0"), replica("gen/1", state="DRAINING", healthy=False)]
+    text = shown(status_page(status(service(replicas=leaving, scaling={"wanted": 1})), "ipc:///b"))
+    assert "1 of 1" in text
+    assert "1 draining" in text
