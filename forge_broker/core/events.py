@@ -19,7 +19,9 @@ class Received(NamedTuple):
     frames: list[Any]
 
 
-received: Final = partial(tuple.__new__, Received)  # what it costs to name the fields is paid for every envelope otherwise
+received: Final = partial(
+    tuple.__new__, Received
+)  # what it costs to name the fields is paid for every envelope otherwise
 
 
 class Unroutable(NamedTuple):
