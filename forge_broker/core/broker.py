@@ -11,9 +11,10 @@ Peers speak through links (hello, numbering: `links`); what they say goes to `di
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any, Final
 
-from forge_broker.core.actions import Action, Look, Send, Sweep, Watch
+from forge_broker.core.actions import Action, Look, Send, Sweep, Watch, send
 from forge_broker.core.answers import Answers
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.claims import Asked
@@ -152,12 +153,12 @@ class Broker:
         link.delivering = False
         if not len(link.outbox):
             return None
-        if isinstance(link, Worker):
+        if type(link) is Worker:
             link.settle()
         frames = link.pack(now)
         if link.timer_at > now + ACK_AFTER_S:
             self._set_timer(link)
-        return Send(link.route, frames)
+        return send((link.route, frames))
 
     def _settled(self, now: float) -> list[Action]:
         """The event is over: look after those who wait for what it may have brought about."""
@@ -247,7 +248,10 @@ class Broker:
             state.counters["wrong_trust"] += 1
             return
         try:
-            if len(frames) > 2 and (link is None or link.unshared is not None) and any(map(is_handle, frames[2:])):
+            # Of who is unknown nothing is read but its hello. What it numbers was for a predecessor of ours, with whom it may well have
+            # shared memory: it is asked who it is, as it would be with small arguments.
+            barred = not envelope.number if link is None else link.unshared is not None
+            if len(frames) > 1 and barred and any(map(is_handle, frames[1:])):
                 raise ProtocolError("a handle to shared memory from a peer that has none with us")
             if envelope.number:
                 self._numbered(route, link, envelope, now)
@@ -261,7 +265,7 @@ class Broker:
             self._gone(envelope.sender, f"it broke the protocol: {error}", now)
 
     def _numbered(self, route: Route, link: Link | None, envelope: Envelope, now: float) -> None:
-        if link is None or not self._current(link, envelope):
+        if link is None or envelope.epoch != link.channel.epoch or envelope.incarnation != self.state.incarnation:
             self._send_unnumbered(route, envelope.epoch, [[messages.WHO]])
             return
         link.heard_at = now
@@ -272,9 +276,9 @@ class Broker:
             self.state.counters["out_of_order"] += 1
             self._set_timer(link)
             return
-        if isinstance(link, Client):
+        if type(link) is Client:
             self._from_client(link, envelope, now)
-        elif isinstance(link, Worker):
+        elif type(link) is Worker:
             if link.state is WorkerState.LOST:
                 self._heard_again(link, now)
             self._from_worker(link, envelope, now)
@@ -305,7 +309,9 @@ class Broker:
                 self._hello(route, link, envelope, message, now)
             elif message[0] == messages.HEARTBEAT and len(message) == 2 and isinstance(message[1], dict):
                 if link is not None:
-                    link.vitals = {name: one for name, one in message[1].items() if isinstance(one, (int, float))}
+                    link.vitals = {
+                        name: one for name, one in message[1].items() if isinstance(one, (int, float)) and isfinite(one)
+                    }
             elif message[0] == messages.PROBE:
                 self._probed(route, link, envelope, now)
             else:
@@ -450,10 +456,12 @@ class Broker:
     def _from_client(self, client: Client, envelope: Envelope, now: float) -> None:
         payloads = envelope.payloads
         for message in envelope.body:
-            if message[0] == messages.BYE:
+            if message[0] == messages.CALLS and self.state.window is None:
+                self.intake.calls(client, message, payloads, now)
+            elif message[0] == messages.BYE:
                 self._client_gone(client, "it said bye", now)
                 return
-            if self.state.window is None or is_answered_at_once(message):
+            elif self.state.window is None or is_answered_at_once(message):
                 self._client_wants(client, message, payloads, now)
             else:
                 self.rebuild.lay_aside(client, message, payloads, now)
