@@ -67,8 +67,13 @@ class Replies:
         plain = attempts == 1 and statuses == OK and bool(sizes) and min(sizes) >= 0
         runs: list[tuple[Slice | None, int]] = [(None, len(ids))]
         if plain:  # calls that are held by themselves are taken together, like all that is not plain
-            holders = [one if type(one) is Slice else None for one in map(held.get, ids)]
-            runs = [(one, sum(1 for _ in run)) for one, run in groupby(holders)]
+            found = set(map(held.get, ids))
+            if len(found) == 1:
+                (only,) = found
+                runs = [(only if type(only) is Slice else None, len(ids))]
+            else:
+                holders = [one if type(one) is Slice else None for one in map(held.get, ids)]
+                runs = [(one, sum(1 for _ in run)) for one, run in groupby(holders)]
         at = 0
         for one, count in runs:
             end = at + count

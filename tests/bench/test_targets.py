@@ -77,10 +77,11 @@ def test_a_row_that_fails_says_so_in_its_place() -> None:
     assert unknown.why_not.startswith("failed: ValueError: not enough values to unpack")
 
 
-def test_a_row_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its broker and workers are found by their mark, while they start."""
     monkeypatch.setattr(targets, "ROW_S", 2.0)
     monkeypatch.setenv("FORGE_GPUS", "none")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # killed together, they leave their directory
     drawn: list[uuid.UUID] = []
     draw = uuid.uuid4
 

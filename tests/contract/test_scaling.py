@@ -313,6 +313,13 @@ def test_what_noise_takes_back_within_an_hour_counts_twice_and_a_load_that_has_g
     assert (state.last_up, state.regrets) == (after_s, regrets)
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
 class Says(ScalingPolicy):
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -331,6 +338,8 @@ class Says(ScalingPolicy):
         (10**4000, (5, "clamped", "clamped")),
         (-(10**4000), (-2, "clamped", "clamped")),
         (ZeroDivisionError("oh"), (0, "raised", "raised")),
+        (Mute(), (0, "raised", "raised")),
+        (Decision(1, "x", "y", figures={"a": Mute()}), (0, "raised", "raised")),
         *((nonsense, (0, "nonsense", "nonsense")) for nonsense in (None, 1.5, True, "2", Decision("1", "x", "y"))),  # type: ignore[arg-type]
         (Decision(1, "x", "y", figures=5), (0, "nonsense", "nonsense")),  # type: ignore[arg-type]
     ],
