@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MOST: Final = 10  # replicas, where max_replicas is not given: one machine's worth, and no surprise on a bill
 # A removal has to leave the rest this far below the threshold for adding: their noise comes on top of it.
-HEADROOM: Final = 0.9
+HEADROOM: Final = 0.8
 # How long low load is waited for at most, after removals that were taken back: twice an hour, no service flaps more often.
 MOST_PATIENCE_S: Final = 3600.0
 MOST_ASKED: Final = 1_000_000  # of a custom policy's number, more is the same: it may be too long to print
@@ -87,7 +87,7 @@ class PolicyState(NamedTuple):
     load: float = 0.0  # replicas' worth of work, smoothed
     rate: float = 0.0  # calls/s, smoothed
     peak: float = 0.0  # the highest `load` of late, while it is low; forgotten as slowly as a removal is waited for
-    regrets: int = 0  # removals in a row that were soon taken back
+    regrets: int = 0  # removals that were soon taken back, less those that lasted
     seen_at: float | None = None
 
     def seen(self, observation: Observation, config: AutoscalingConfig, now: float) -> PolicyState:
@@ -133,15 +133,16 @@ class PolicyState(NamedTuple):
         return self._replace(last_down=now) if delta < 0 else self
 
     def regretting(self, config: AutoscalingConfig, now: float) -> PolicyState:
-        """The state when load asks for a replica more: if one was removed only just now, the next removal waits twice as long."""
+        """The state when load asks for a replica more: if one was removed only just now, the next removal waits twice as long,
+        else half as long."""
         if self.last_down is None or (self.last_up is not None and self.last_up > self.last_down):
             return self
         soon = now - self.last_down <= self.patience_s(config)
-        return self._replace(regrets=min(self.regrets + 1, 32) if soon else 0)
+        return self._replace(regrets=min(self.regrets + 1, 32) if soon else max(0, self.regrets - 1))
 
     def patience_s(self, config: AutoscalingConfig) -> float:
-        """How long load has to be low before a replica goes: `scale_down_idle_time_threshold`, doubled for each removal in a
-        row that was taken back within it, up to an hour."""
+        """How long load has to be low before a replica goes: `scale_down_idle_time_threshold`, doubled for each removal
+        that was taken back within it, up to an hour, and halved again for each that lasted."""
         least = config.scale_down_idle_time_threshold
         return max(least, min(least * 2.0**self.regrets, MOST_PATIENCE_S))
 

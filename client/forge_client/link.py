@@ -297,7 +297,9 @@ class ClientLink(PeerLink):
     def hello_fields(self) -> dict[str, Any]:
         # Before its first welcome a client has nothing that any broker could have known.
         declared = self._listener.declares() if self.welcomes else None
-        if declared is None and self.welcomes and (self.unanswered or self._controls):
+        # What was given up is not said again: a broker would wait for it as long as it can.
+        waiting = bool(self._controls) or any(waiter is not None for waiter in self.unanswered.values())
+        if declared is None and self.welcomes and waiting:
             declared = Declared([], [], [])
         self._declared = declared
         return {
@@ -311,7 +313,7 @@ class ClientLink(PeerLink):
                 "services": declared.services,
                 "sessions": declared.sessions,
                 "replays": declared.replays,
-                "waiting": bool(self.unanswered or self._controls),
+                "waiting": waiting,
             },
         }
 

@@ -235,6 +235,9 @@ def test_unanswered_calls_alone_are_reason_enough_to_declare() -> None:
     link.submit(7, b"a", "a")
     (frames,) = link.flush(3.0)  # the hello is said again
     assert decode(frames).body[0][1]["declares"] == {"services": [], "sessions": [], "replays": [], "waiting": True}
+    link.cancel(1)
+    (frames,) = link.flush(6.0)  # what was given up is not said again, and nobody shall wait for it
+    assert decode(frames).body[0][1]["declares"] is None
 
 
 def test_what_is_kept_is_bounded_by_what_is_unanswered() -> None:
