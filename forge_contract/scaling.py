@@ -350,7 +350,7 @@ def evaluate(
         answer = policy.decide(observation, config, limits, state, now)
         decision = _as_decision(answer, observation)
     except Exception as error:
-        flaw, why = "raised", f"{type(policy).__name__} raised {type(error).__name__}: {error}"
+        flaw, why = "raised", f"{type(policy).__name__} raised {type(error).__name__}: {_text(error)}"
         decision = Decision(0, flaw, why[:500], observation.figures())
     else:
         if decision is None:
@@ -365,6 +365,13 @@ def evaluate(
     if decision.delta > 0 and decision.rule in _FROM_LOAD:
         state = state.regretting(config, now)
     return Evaluation(decision, state.after(decision.delta, now), flaw)
+
+
+def _text(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # it is the user's class
+        return "an error without a text"
 
 
 def _as_decision(answer: object, observation: Observation) -> Decision | None:

@@ -300,6 +300,13 @@ def test_a_removal_that_is_taken_back_soon_makes_the_next_one_wait_twice_as_long
     assert waits[6:] == [3600, 3600, 2400, 1200, 600, 300]
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
 class Says(ScalingPolicy):
     def __init__(self, answer: Any) -> None:
         self.answer = answer
@@ -318,6 +325,8 @@ class Says(ScalingPolicy):
         (10**4000, (5, "clamped", "clamped")),
         (-(10**4000), (-2, "clamped", "clamped")),
         (ZeroDivisionError("oh"), (0, "raised", "raised")),
+        (Mute(), (0, "raised", "raised")),
+        (Decision(1, "x", "y", figures={"a": Mute()}), (0, "raised", "raised")),
         *((nonsense, (0, "nonsense", "nonsense")) for nonsense in (None, 1.5, True, "2", Decision("1", "x", "y"))),  # type: ignore[arg-type]
         (Decision(1, "x", "y", figures=5), (0, "nonsense", "nonsense")),  # type: ignore[arg-type]
     ],
