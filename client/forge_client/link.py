@@ -126,9 +126,10 @@ class ClientLink(PeerLink):
         extras: Extras | None = None,
         order: Hashable | None = None,
         shape: int = 0,
+        session: str | None = None,
     ) -> int:
-        """Call an endpoint once; returns the sequence number. `shape`: see `batching`. Raises Overloaded when the link's
-        credit is used up."""
+        """Call an endpoint once; returns the sequence number. `shape`: see `batching`; a session is an order as well. Raises Overloaded
+        when the link's credit is used up."""
         size = len(payload) if type(payload) is bytes else payload_bytes(payload)
         self._turn_bytes += size
         if self._turn_bytes + self.channel.kept_bytes > self.link_bytes:
@@ -137,10 +138,13 @@ class ClientLink(PeerLink):
         run = self._open.get(endpoint)
         if run is None or len(run.seqs) == CALLS_A_MESSAGE or run.shape != shape:
             run = self._run_of(endpoint, shape)
-        if order is not None:
-            if self._last.get(order, 0) > run.place:
+        if session is not None or order is not None:
+            behind = order if session is None else session
+            if self._last.get(behind, 0) > run.place:
                 run = self._new_run(endpoint, shape)
-            self._last[order] = run.place
+            self._last[behind] = run.place
+        if session is not None or run.sessions is not None:
+            run.add_session(session)
         if extras is not None or run.extras is not None:
             run.add_extras(extras)
         run.seqs.append(seq)

@@ -100,6 +100,12 @@ class Replies:
             bytes_ += left.pop(key)
             del calls[key]
             del held[key]
+        if one.sessions is not None:
+            known = ends.replica.service.sessions
+            for sid in map(one.sessions.pop, ids):
+                if (session := known.get(sid)) is not None:
+                    session.used_at = now  # a call that ran until now was use until now
+                    session.ran = True
         self._state.held_bytes -= bytes_
         client.held_bytes -= bytes_
         client.answered += len(ids)

@@ -116,7 +116,10 @@ def test_a_tiny_run_prints_the_table_writes_the_figures_and_says_by_its_exit_cod
     found = json.loads(path.read_text(encoding="utf-8"))
     assert list(found["rows"]) == ["core_cpu", "queued_call"]
     figures = [one for each in found["rows"].values() for one in each["figures"].values()]
-    assert all(one["min"] <= one["median"] <= one["max"] and one["median"] > 0 for one in figures)
+    assert all(
+        0 <= one["min"] <= one["median"] <= one["max"] for one in figures
+    )  # so few calls may need no new page of memory
+    assert found["rows"]["core_cpu"]["figures"]["us"]["median"] > 0
     assert code == int(any(one["mark"] == DOES_NOT for one in figures))
     assert out.count(f"| {HOLDS}") + out.count(f"| {DOES_NOT}") == 2
     assert "are 0.02 of what is written" in out
