@@ -76,6 +76,9 @@ UNCOPIED_FROM: Final = 65_536  # bytes; below, copying into libzmq is cheaper th
 STALL_FROM_S: Final = (
     0.05  # a turn of the loop that took longer is told to the core, which shows it in `forge status` (R4)
 )
+SLEEP_AT_MOST_S: Final = (
+    86_400.0  # the kernel's poller takes no more than 24 days; a timeout or a session's patience may be endless
+)
 LAST_WORDS_MS: Final = 500  # for what is still in the pipes when we exit
 
 
@@ -186,7 +189,7 @@ class Server:
             timeout: float | None = 0.0
             if not unread:
                 deadline = broker.next_deadline()
-                timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+                timeout = None if deadline is None else min(max(0.0, deadline - time.monotonic()), SLEEP_AT_MOST_S)
             ready = poller.select(timeout)
             now = time.monotonic()
             for at, router in unread:
@@ -206,10 +209,12 @@ class Server:
                 self._event(Terminate("a signal"), now)
             self._carry_out(broker.tick(now), now)
             self._send_waiting(now)
-            unread = [one for one in routers if int(one[1].get(_EVENTS)) & _POLLIN]
             turned = time.monotonic()
             if turned - now > STALL_FROM_S:
                 self._event(Stalled(turned - now), turned)
+                self._send_waiting(turned)
+            # Last of all: whatever is sent after this would swallow the news of what has come.
+            unread = [one for one in routers if int(one[1].get(_EVENTS)) & _POLLIN]
 
     def _other(self, descriptor: int, wake: sockets.socket, now: float) -> None:
         """A descriptor that is no ROUTER: a signal, the owner's end, a process that ended."""

@@ -104,6 +104,18 @@ def test_garbage_on_the_socket_is_answered_or_dropped_and_the_broker_goes_on(tmp
             assert answer[3]["counters"]["ProtocolError"] >= 4
 
 
+def test_a_patience_without_end_does_not_end_the_broker(tmp_path: Path) -> None:
+    """W8: the kernel's poller waits for 24 days at most, and a caller's timeout may be longer."""
+    with (
+        BrokerProcess(bind=[private_address(tmp_path)], log_dir=str(tmp_path / "logs"), heartbeat_s=1e7) as broker,
+        RawPeer(broker.address) as peer,
+    ):
+        incarnation = peer.greet()["incarnation"]  # from here on only its silence is due, in three years
+        for number in (1, 2):
+            peer.send(number, [[CONTROL, number, "status", {}, 0]], incarnation=incarnation)
+            assert peer.receive().body[0][:3] == [ANSWER, number, True]
+
+
 def test_another_version_is_told_which_one_the_broker_speaks(tmp_path: Path) -> None:
     """§5 of PROTOCOL.md: a refusal has the same form in every version."""
     import msgpack
