@@ -362,6 +362,8 @@ class Broker:
                     self.lifecycle.worker_joined(link, now)
             else:
                 link = Client(*new, id=self._client_id(hello), detached=bool(hello.get("detached")))
+                if link.id == hello.get("client"):
+                    link.last_sequence = state.ledger.last_sequence(link.id)
                 self._share(link)
                 state.links[link.name] = link
                 state.clients[link.id] = link

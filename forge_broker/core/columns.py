@@ -105,11 +105,6 @@ def read_replies(message: list[Any]) -> tuple[int, list[int], int | list[int], i
     return epoch, ids, attempts, statuses, sizes
 
 
-def part(column: int | list[int], start: int, end: int) -> list[int]:
-    """The values of items `start` to `end`."""
-    return column[start:end] if isinstance(column, list) else [column] * (end - start)
-
-
 def read_states(message: list[Any], payloads: Payloads) -> tuple[list[str], list[Payload]]:
     """The sessions and states of STATES, checked. Raises ProtocolError."""
     if len(message) != 3 or not isinstance(message[1], list) or not _ints(message[2]):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from forge_broker.core.requests import Request, Slice
+from forge_contract.messages import client_of, sequence_of
 
 
 class Ledger:
@@ -43,6 +44,13 @@ class Ledger:
             request.split()
             request = held[key]
         return request  # type: ignore[return-value]  # split, it is no Slice any more
+
+    def last_sequence(self, client: int) -> int:
+        """The highest of this client's calls that are in flight, 0 when none is: one that was given up leaves such calls behind, and may
+        come back under its id."""
+        return max(
+            (sequence_of(key) for held in self.held.values() for key in held if client_of(key) == client), default=0
+        )
 
     def release(self, replica: Any) -> list[Request]:
         """All that the replica holds, in the order of dispatch; it holds nothing afterwards."""

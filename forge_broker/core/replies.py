@@ -11,7 +11,7 @@ from typing import Any
 
 from forge_broker.core.answers import ANSWERED, Answers, Run, packed
 from forge_broker.core.clients import Client
-from forge_broker.core.columns import part, read_replies
+from forge_broker.core.columns import read_replies
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.latency import add
@@ -56,38 +56,46 @@ class Replies:
     def take(self, worker: Worker, message: list[Any], payloads: Payloads, now: float) -> None:
         """REPLIES: each is taken out of the ledger or refused (fenced, W3), and the freed room is given away."""
         epoch, ids, attempts, statuses, sizes = read_replies(message)
-        state = self._state
         replica: Replica | None = worker.replica
         if replica is None or epoch != replica.epoch:
             payloads.take_all(sizes)
             self._refuse(ids, attempts, worker, now)
             return
         ends = Ends(replica, worker)
-        held = state.ledger.held[replica.key]
         plain = attempts == 1 and statuses == OK and bool(sizes) and min(sizes) >= 0
-        runs: list[tuple[Slice | None, int]] = [(None, len(ids))]
-        if plain:  # calls that are held by themselves are taken together, like all that is not plain
-            found = set(map(held.get, ids))
-            if len(found) == 1:
-                (only,) = found
-                runs = [(only if type(only) is Slice else None, len(ids))]
-            else:
-                holders = [one if type(one) is Slice else None for one in map(held.get, ids)]
-                runs = [(one, sum(1 for _ in run)) for one, run in groupby(holders)]
-        at = 0
-        for one, count in runs:
-            end = at + count
-            if one is None or not self._end_slice(one, ids[at:end], sizes[at:end], payloads, ends, now):
-                taken = payloads.take_all(sizes[at:end])
-                self._end_each(ids[at:end], part(attempts, at, end), part(statuses, at, end), taken, ends, now)
-            at = end
+        # Its payloads before any of its replies: of a message that names more than has come, none counts.
+        if plain:
+            self._end_plain(ids, sizes, payloads.take_packed(sizes), ends, now)
+        else:
+            taken = payloads.take_all(sizes)
+            self._end_each(ids, spread(attempts, len(ids)), spread(statuses, len(ids)), taken, ends, now)
         if ends.run is not None:
             self._answers.answer_run(ends.run, worker.trusted)
         self._make_room(ends, now)
 
-    def _end_slice(
-        self, one: Slice, ids: list[int], sizes: list[int], payloads: Payloads, ends: Ends, now: float
-    ) -> bool:
+    def _end_plain(self, ids: list[int], sizes: list[int], packed: bytes, ends: Ends, now: float) -> None:
+        """Small results of first attempts: a run of each Slice, and those of calls that are held by themselves together."""
+        held = self._state.ledger.held[ends.replica.key]
+        found = set(map(held.get, ids))
+        runs: list[tuple[Slice | None, int]]
+        if len(found) == 1:  # nearly always
+            (only,) = found
+            runs = [(only if type(only) is Slice else None, len(ids))]
+        else:
+            holders = [one if type(one) is Slice else None for one in map(held.get, ids)]
+            runs = [(one, sum(1 for _ in run)) for one, run in groupby(holders)]
+        at = start = 0
+        for one, count in runs:
+            end = at + count
+            share = sizes[at:end]
+            stop = start + sum(share)
+            results = packed[start:stop]
+            if one is None or not self._end_slice(one, ids[at:end], share, results, ends, now):
+                taken = Payloads(results, ()).take_all(share)
+                self._end_each(ids[at:end], [1] * count, [OK] * count, taken, ends, now)
+            at, start = end, stop
+
+    def _end_slice(self, one: Slice, ids: list[int], sizes: list[int], packed: bytes, ends: Ends, now: float) -> bool:
         """Plain replies to calls of one slice; False: they are no longer, or not all, of it."""
         left = one.left
         wanted = set(ids)
@@ -111,9 +119,7 @@ class Replies:
         client.answered += len(ids)
         if client is not ends.client:
             self._next_client(ends, client)
-        client.add_run(
-            [key & SEQUENCE_MASK for key in ids], OK, sizes, payloads.take_packed(sizes), ends.worker.trusted
-        )
+        client.add_run([key & SEQUENCE_MASK for key in ids], OK, sizes, packed, ends.worker.trusted)
         self._state.deliver(client)
         count = len(ids)
         ran_s = now - one.started_at

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from forge_broker.core.requests import Request, Slice
-from forge_contract.errors import CallCancelled, NoHealthyReplicas, Overloaded, ServiceStopped, UnknownSession
+from forge_contract.errors import (
+    CallCancelled,
+    NoHealthyReplicas,
+    Overloaded,
+    ProtocolError,
+    ServiceStopped,
+    UnknownSession,
+)
 from forge_contract.messages import DISPATCH, DROP, OK, RAISED, REPLIES, UNTOUCHED
 from tests.core.peers import Bench, ClientPeer, WorkerPeer
 
@@ -280,6 +287,38 @@ def test_an_id_used_again_is_never_held_as_one_with_others() -> None:
     client.call(endpoint, b"again", b"new")  # sequences 2 and 3
     assert worker.seen == [b"a", b"b", b"new"]
     assert bench.state.counters["reused_ids"] == 1
+
+
+def test_a_client_that_was_given_up_and_comes_back_cannot_use_an_id_that_still_runs() -> None:
+    """W3: held as one, it would stand in the ledger for both."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    other = bench.client()
+    other.call(endpoint, b"a", b"b")
+    bench.handle_gone(other)
+    back = bench.client(client=other.id)
+    back.call(endpoint, b"c", b"d", b"e")
+    assert [payload for _, _, payload in worker.calls] == [b"a", b"b", b"e"]
+    assert isinstance(back.error(1), ProtocolError)
+    worker.reply()
+    assert back.results[3] == (OK, b"e")
+    assert bench.service().replicas[0].active == 0
+    assert client.call(endpoint, b"f") == [1]
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_replies_that_name_more_bytes_than_came_cost_the_worker_its_link_and_no_call_its_answer(before: int) -> None:
+    """W8: nothing of the message counts, not even what there were bytes for."""
+    bench, client, (one, two), endpoint = Bench().serving(2)
+    for _ in range(before):
+        client.call(endpoint, b"t", timeout=9.0)
+    client.call(endpoint, b"a", b"b", b"c", b"d")
+    ids = [call[0] for call in one.calls]
+    sizes = [1] * (len(ids) - 1)
+    one.say([REPLIES, one.replica_epoch, ids, 1, OK, [*sizes, 9]], packed=b"x" * len(ids))
+    assert client.results == {}
+    two.reply()
+    assert [status for status, _ in client.results.values()] == [OK] * (before + 4)
+    assert bench.state.held_bytes == 0
 
 
 def in_sessions(limit: int = 8, sessions: int = 4) -> tuple[Bench, ClientPeer, WorkerPeer, WorkerPeer, int, list[str]]:
