@@ -380,7 +380,14 @@ class Dispatch:
         replica.active = 0
         self._returns.sessions_of(replica, why, now)
         lost = running if convicted is None else convicted
-        self._returns.take_back(replica, running + replica.parked.drain(), why, now, lost=True, convicted=lost)
+        parked = replica.parked.drain()
+        given_back = [request for request in parked if request.attempt]
+        if (
+            given_back
+        ):  # by a worker that was lost before it had given back all: the others ran beside them, and may be younger
+            parked = [request for request in parked if not request.attempt]
+            running = sorted(running + given_back, key=lambda request: (request.queued_at, request.id))
+        self._returns.take_back(replica, running + parked, why, now, lost=True, convicted=lost)
         self.pump(service, now)
 
     def evict(self, replica: Replica, now: float) -> None:

@@ -19,6 +19,7 @@ from forge_contract.messages import (
     REPLIES,
     STOP,
     UNTOUCHED,
+    column,
 )
 from tests.core.peers import TRUSTED, Bench, ClientPeer, WorkerPeer
 
@@ -100,6 +101,21 @@ class Rank(WorkerPeer):
         self.say([REPLIES, self.replica_epoch, [key], [attempt], [status], [len(payload)]], packed=payload)
         self.model.weigh()
 
+    def end_together(self, ats: list[int], *, twice: bool) -> None:
+        """Answer several of its calls in one message, in this order; what is said `twice` counts once (W3). No parts of fan-outs: of two
+        that end at once nobody could tell which was the last (A11)."""
+        chosen = [self.calls[at] for at in dict.fromkeys(at % len(self.calls) for at in ats)]
+        ended = [call for call in chosen if call[2] in self.model.asked]
+        if not ended:
+            return
+        self.calls = [call for call in self.calls if call not in ended]
+        self.had |= {payload for _, _, payload in ended}
+        said = ended + ended[:2] if twice else ended
+        ids, attempts, payloads = zip(*said, strict=True)
+        sizes = [len(payload) for payload in payloads]
+        self.say([REPLIES, self.replica_epoch, list(ids), column(list(attempts)), OK, sizes], packed=b"".join(payloads))
+        self.model.weigh()
+
 
 class Model:
     """What was asked and who was given what."""
@@ -107,7 +123,8 @@ class Model:
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.asked: dict[bytes, Asked] = {}
-        self.of_session: dict[str, list[Asked]] = {}  # in the order sent
+        # By session, and of an actor by client: in the order sent, which is that in which they start (A6).
+        self.ordered: dict[str | ClientPeer, list[Asked]] = {}
         self.fanouts: dict[tuple[ClientPeer, int], bytes] = {}  # of `load`, open: (client, sequence) → weights
         self.weights: bytes | None = None  # of the last such fan-out that succeeded
 
@@ -138,18 +155,18 @@ class Model:
             assert all(earlier), f"{asked!r} may have started, and is tried again (F3)"
         asked.copies[worker.name, attempt] = False
         asked.attempt = attempt
-        if asked.session is not None:
-            self.in_order(asked, worker)
+        self.in_order(asked, worker)
 
     def in_order(self, asked: Asked, worker: Rank) -> None:
-        """A session's calls start in the order sent, and where its state is (A6, S3)."""
-        session = asked.session or ""
-        for earlier in self.of_session[session]:
-            if earlier is asked:
-                break
+        """A session's calls, and a client's to an actor, start in the order sent; and a session's where its state is (A6, S3)."""
+        session = asked.session
+        line = self.ordered.get(asked.client if session is None else session, [])
+        for earlier in line[: line.index(asked)] if asked in line else ():
             if self.is_open(earlier):
                 back = earlier.copies.get((worker.name, earlier.attempt), True)
                 assert not back, f"{asked!r} overtakes {earlier!r}"
+        if session is None:
+            return
         service = self.bench.service()
         kept = service.sessions[session].state if session in service.sessions else None
         assert kept is None or session in worker.knows, f"{asked!r} runs without the state of its session (S3)"

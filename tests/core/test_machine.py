@@ -94,10 +94,24 @@ class Machine(RuleBasedStateMachine):
         loss=st.sampled_from(["restart", "raise"]),
         queued=st.sampled_from([4, 1000]),
         scaling=st.sampled_from([None, None, EAGER]),
+        kind=st.sampled_from(["service", "service", "service", "actor"]),
+        exports=st.booleans(),
     )
     def begin(
-        self, replicas: int, room: int, procs: int, loss: str, queued: int, scaling: AutoscalingConfig | None
+        self,
+        replicas: int,
+        room: int,
+        procs: int,
+        loss: str,
+        queued: int,
+        scaling: AutoscalingConfig | None,
+        kind: str,
+        exports: bool,
     ) -> None:
+        self.kind = kind
+        self.exports = exports
+        if kind == "actor":
+            replicas, scaling = 1, None
         self.bench = Bench(max_workers=12, checkpoint_bytes=40, dead_letters=2)
         self.model = Model(self.bench)
         self.launches: list[int] = []
@@ -114,8 +128,9 @@ class Machine(RuleBasedStateMachine):
         self.unnatural = False  # workers were taken for dead that the model knows to be alive
         self.owner = self.bench.client()
         plan = spec(
+            kind=kind,
             endpoints=tuple(ENDPOINTS),
-            exports=True,
+            exports=exports,
             num_replicas=replicas,
             procs=procs,
             replica_max_concurrent_requests=room,
@@ -195,20 +210,24 @@ class Machine(RuleBasedStateMachine):
     def endpoint_id(self, name: str) -> int:
         return next(one.id for one in self.bench.service().endpoints if one.name == name)
 
-    def ask(self, client: ClientPeer, name: str, count: int, session: str | None, **columns: Any) -> None:
+    def ask(self, client: ClientPeer, name: str, sessions: list[str | None], **columns: Any) -> None:
+        """A call for each of `sessions`, in one envelope."""
         payloads: list[bytes] = []
-        for _ in range(count):
+        for session in sessions:
             self.count += 1
             payload = f"call {self.count}".encode()
             key = request_id(client.id, client.sequence + 1 + len(payloads))
             options = ENDPOINTS[name]
-            once, hangs = "delivery" in options, "hang_timeout_s" in options
+            once, hangs = "delivery" in options or self.kind == "actor", "hang_timeout_s" in options
             asked = Asked(payload, client, key, once=once, hangs=hangs, session=session)
             self.model.asked[payload] = asked
             if session is not None:
-                self.model.of_session.setdefault(session, []).append(asked)
-                columns["session"] = session
+                self.model.ordered.setdefault(session, []).append(asked)
+            elif self.kind == "actor" and not columns.get("priority"):
+                self.model.ordered.setdefault(client, []).append(asked)
             payloads.append(payload)
+        if any(sessions):
+            columns["session"] = sessions if len(set(sessions)) > 1 else sessions[0]
         client.call(self.endpoint_id(name), *payloads, **columns)
 
     @precondition(serves)
@@ -222,7 +241,13 @@ class Machine(RuleBasedStateMachine):
     def call(self, who: int, name: str, count: int, priority: int | None, timeout: float | None) -> None:
         columns = {"priority": priority, "timeout": timeout}
         given = {column: value for column, value in columns.items() if value is not None}
-        self.ask(self.clients[who % len(self.clients)], name, count, None, **given)
+        self.ask(self.clients[who % len(self.clients)], name, [None] * count, **given)
+
+    @precondition(serves)
+    @rule(who=few, name=st.sampled_from(["predict", "predict", "once", "slow", "batch"]), count=st.integers(1, 9))
+    def burst(self, who: int, name: str, count: int) -> None:
+        """Nothing but arguments: held as one, where it goes and where it waits (C2)."""
+        self.ask(self.clients[who % len(self.clients)], name, [None] * count)
 
     @precondition(serves)
     @rule(
@@ -236,7 +261,16 @@ class Machine(RuleBasedStateMachine):
             self.open_session(which)
         sid = sorted(self.opened)[which % len(self.opened)]
         given = {} if timeout is None else {"timeout": timeout}
-        self.ask(self.opened[sid], name, count, sid, **given)
+        self.ask(self.opened[sid], name, [sid] * count, **given)
+
+    @precondition(lambda self: self.serves() and self.opened)
+    @rule(name=st.sampled_from(["predict", "predict", "once", "slow"]), of=st.lists(few, min_size=1, max_size=6))
+    def burst_in_sessions(self, name: str, of: list[int]) -> None:
+        """Of all sessions of one client, side by side."""
+        sids = sorted(self.opened)
+        client = self.opened[sids[of[0] % len(sids)]]
+        mine: list[str | None] = [sid for sid in sids if self.opened[sid] is client]
+        self.ask(client, name, [mine[at % len(mine)] for at in of])
 
     @precondition(serves)
     @rule(who=few, name=st.sampled_from(["load", "load", "predict"]), timeout=st.sampled_from([None, 8.0]))
@@ -248,11 +282,11 @@ class Machine(RuleBasedStateMachine):
             self.model.fanouts[client, client.sequence + 1] = payload
         client.fanout(self.endpoint_id(name), payload, **({} if timeout is None else {"timeout": timeout}))
 
-    @rule(who=few, back=few)
-    def cancel(self, who: int, back: int) -> None:
+    @rule(who=few, backs=st.lists(st.integers(0, 9), min_size=1, max_size=4))
+    def cancel(self, who: int, backs: list[int]) -> None:
         client = self.clients[who % len(self.clients)]
         if client.sequence:
-            client.cancel(max(1, client.sequence - back))
+            client.cancel(*[max(1, client.sequence - back) for back in backs])
 
     def open_session(self, which: int) -> None:
         client = self.clients[which % len(self.clients)]
@@ -330,6 +364,13 @@ class Machine(RuleBasedStateMachine):
         for _ in range(min(count, len(worker.calls))):
             worker.end(at % len(worker.calls), status)
 
+    @precondition(lambda self: any(len(worker.calls) > 1 for worker in self.workers))
+    @rule(which=few, ats=st.lists(st.integers(0, 9), min_size=1, max_size=6), twice=st.booleans())
+    def reply_together(self, which: int, ats: list[int], twice: bool) -> None:
+        """In one message and any order, and some perhaps twice."""
+        busy = [worker for worker in self.workers if len(worker.calls) > 1]
+        busy[which % len(busy)].end_together(ats, twice=twice)
+
     @precondition(lambda self: any(worker.stopping for worker in self.workers))
     @rule(which=few, ends=st.integers(0, 3), exports=st.booleans())
     def leave(self, which: int, ends: int, exports: bool) -> None:
@@ -393,7 +434,7 @@ class Machine(RuleBasedStateMachine):
     def export(self, worker: Rank) -> None:
         """The states of the sessions that are here, as the worker knows them: those of which it has run a call."""
         known = self.bench.state.workers.get(worker.name)
-        if known is None or known.replica is None:
+        if known is None or known.replica is None or not self.exports:
             return
         states = {sid: b"state" for sid, idx in known.replica.service.pins.items() if idx == known.replica.idx}
         if states:

@@ -8,7 +8,7 @@ import pytest
 
 from forge_broker.core.status import SESSIONS_SHOWN
 from forge_contract.errors import SessionClosed, UnknownSession
-from forge_contract.messages import BYE, CONTROL, OK
+from forge_contract.messages import BYE, CONTROL, OK, UNTOUCHED
 from tests.core.peers import Bench, built_in
 
 
@@ -103,6 +103,16 @@ def test_a_session_keeps_its_order_when_its_replica_is_lost() -> None:
         two.reply()
     assert [value for value in two.seen if value in (b"a", b"b", b"c", b"d")] == [b"a", b"b", b"c", b"d"]
     assert len(client.results) == 6
+
+
+def test_a_session_keeps_its_order_when_its_worker_dies_before_it_has_given_back_all() -> None:
+    """A6: what came back first waits at its replica, and what was lost with the replica is younger."""
+    _, client, (one, two), endpoint = opened(2, "s")
+    client.call(endpoint, b"a", b"b", session="s")
+    one.reply(1, status=UNTOUCHED)
+    client.call(endpoint, b"c", session="s")
+    one.die()
+    assert two.seen == [b"a", b"b", b"c"]
 
 
 def test_a_parked_call_of_a_session_is_not_overtaken_by_a_later_one_that_was_not_yet_pinned() -> None:
