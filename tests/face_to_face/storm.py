@@ -83,11 +83,12 @@ class Storm:
         self.near, self.far, self.mortal = world.client(), world.client(host="another-host"), world.client()
         self.hand = [world.worker(host="another-host"), world.worker()]
         room = self.random.choice([1, 3, 10])
+        self.exports = self.random.choice([True, True, False])
         self.service = self.near.deploy(
             num_replicas=REPLICAS,
             replica_max_concurrent_requests=room,
             endpoints=ENDPOINTS,
-            exports=True,
+            exports=self.exports,
             restart_backoff_at_most_s=5.0,
             max_replicas=REPLICAS + 1,
             autoscaling=self.random.choice([None, SCALING]),
@@ -131,15 +132,17 @@ class Storm:
                 "mortal",
                 "batch",
                 "burst",
+                "sessions",
             ]
         )
-        if kind in ("batch", "burst"):
+        if kind in ("batch", "burst", "sessions"):
             # Some go together: as one batch, or held as one.
             name = "batch" if kind == "batch" else "echo"
-            for at in range(self.random.randrange(1, 6)):
+            for at in range(self.random.randrange(1, 12 if kind == "burst" else 6)):
                 one = b"%d.%d" % (n, at)
-                reply = self.near.call(self.service, name, payload=one, flush=False)
-                self.calls.append(Call(name, self.near, reply, one, None))
+                sid = self.random.choice(SESSIONS) if kind == "sessions" else None
+                reply = self.near.call(self.service, name, payload=one, flush=False, session=sid)
+                self.calls.append(Call(name, self.near, reply, one, sid))
             self.near.flush()
             return
         payload = str(n).encode()
@@ -302,6 +305,7 @@ class Storm:
         twice = [where for where, count in self.executed_by.items() if count > 1 and where[0] not in given_up]
         # The recovery window waits for who announced replies, but not as long as a deaf connection or a stopped process can last.
         assert not twice or self.world.unheard, f"run twice by one worker, which no death explains: {twice}"
+        self._judge_order()
         counts: Counter[str] = Counter()
         poisoned: set[str] = set()
         for call in self.calls:
@@ -319,7 +323,10 @@ class Storm:
                     poisoned.add(
                         call.session
                     )  # killed by chance on three replicas, the last time alone: it never ended
-                if call.session not in self.forgetful | poisoned:
+                if not self.exports and reply.error != "PoisonedRequest":
+                    assert reply.status == OK, f"{call.payload!r} of session {call.session} failed: {reply.error}"
+                    assert bytes(reply.payload) == call.payload, f"{call.payload!r} was answered {reply.payload!r}"
+                elif call.session not in self.forgetful | poisoned:
                     assert reply.status == OK, f"{call.payload!r} of session {call.session} failed: {reply.error}"
                     assert bytes(reply.payload) == wanted, (
                         f"call {wanted!r} of session {call.session} was answered {bytes(reply.payload)!r}"
@@ -340,6 +347,22 @@ class Storm:
                 chosen = ("broker killed", "drained worker", "drain, restart or scale", "paused", "half_open")
                 often = self.executed[call.payload] > 3 and not any(self.world.faults[one] for one in chosen)
                 assert not often, f"poison ran {self.executed[call.payload]} times"
+
+    def _judge_order(self) -> None:
+        """A worker starts a session's calls in the order sent (A6); what it starts once more is judged by the first time."""
+        place = {call.payload: at for at, call in enumerate(self.calls)}
+        for peer in self.world.peers.values():
+            last: dict[str, bytes] = {}
+            seen: set[bytes] = set()
+            for _, _, payload, session in peer.started if isinstance(peer, SimWorker) else ():
+                if session is None or payload in seen:
+                    continue
+                seen.add(payload)
+                before = last.get(session)
+                assert before is None or place[before] < place[payload], (
+                    f"{payload!r} of session {session} started after {before!r} on {peer.link.name}"
+                )
+                last[session] = payload
 
 
 def _one(seed: int) -> tuple[int, int, Counter[str], str]:

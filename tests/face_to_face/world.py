@@ -141,12 +141,6 @@ class World:
     def _settled(self) -> None:
         self._send_waiting()
         invariants.check(self.broker)
-        heard = self.broker.state.counters["recovery_unheard"]
-        if heard > self._unheard_here:
-            self._unheard_here = heard
-            assert any(peer.is_kept_from_speaking for peer in self.peers.values()), (
-                f"the recovery window has ended without {heard} peers, and nothing kept them from speaking"
-            )
         self._schedule_tick()
 
     def _schedule_tick(self) -> None:
@@ -180,6 +174,13 @@ class World:
             connection.to_peer(send.frames)
 
     def _carry_out(self, actions: list[Action]) -> None:
+        # Before anything is done: who was kept from speaking may be killed for it.
+        heard = self.broker.state.counters["recovery_unheard"]
+        if heard > self._unheard_here:
+            self._unheard_here = heard
+            assert any(peer.is_kept_from_speaking for peer in self.peers.values()), (
+                f"the recovery window has ended without {heard} peers, and nothing kept them from speaking"
+            )
         for action in actions:
             if isinstance(action, Deliver):
                 self._waiting[action.name] = None
