@@ -149,11 +149,6 @@ class Lane(Queue):
         for request in requests:
             self._expect(request)
 
-    def pop(self) -> Request:
-        request = super().pop()
-        self._left([request])
-        return request
-
     def take(self, count: int) -> list[Request]:
         taken = super().take(count)
         self._left(taken)

@@ -46,6 +46,7 @@ from forge_broker.core.returns import Returns
 from forge_broker.core.scaling import Scaling
 from forge_broker.core.seating import Seating
 from forge_broker.core.sessions import Sessions
+from forge_broker.core.slices import Slices
 from forge_broker.core.state import State
 from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerState
@@ -69,7 +70,8 @@ class Broker:
         returns = Returns(self.state, answers)
         self.dispatch = Dispatch(self.state, answers, returns)
         self.replies = Replies(self.state, answers, returns, self.dispatch)
-        self.intake = Intake(self.state, answers, returns, self.dispatch, self.replies)
+        slices = Slices(self.state, self.dispatch)
+        self.intake = Intake(self.state, answers, returns, self.dispatch, slices, self.replies)
         self.endings = Endings(self.state, answers, self.sessions)
         self.leftovers = Leftovers(state)
         catalogue, telling = Catalogue(state), Telling(state)

@@ -72,17 +72,17 @@ class Dispatch:
         if isinstance(queue, Lane):
             return self._flush(queue, service, now)
         if queue is service.unpinned:
-            request = queue.pop()
+            (request,) = queue.take(1)
             replica = self._replica_of_session(service, request, now)
             if replica is not None:
                 # Even with room: an older call of its session may be parked there, and must not be overtaken.
                 replica.parked.push(request)
                 service.wake(replica.parked)
-        elif alone and queue.deal is not None:
-            for replica, count in queue.deal(service.pool, queue.length):
+        elif queue.deal is not None:
+            for replica, count in queue.deal(service.pool, queue.length if alone else 1):
                 self._dispatch_mixed(queue.take(count), replica, now)
         else:
-            self._follow([queue.pop()], service, self._dispatch, now)
+            self._follow(queue.take(1), service, self._dispatch, now)
         return True
 
     def _isolate(self, service: Service, now: float) -> None:
@@ -104,7 +104,7 @@ class Dispatch:
         if not service.suspects.length:
             self._open_cell(service)
             return
-        request = service.suspects.pop()
+        (request,) = service.suspects.take(1)
         if request.session is not None:
             service.sessions[request.session].suspects -= 1
             self._move_in(service, service.sessions[request.session], cell)

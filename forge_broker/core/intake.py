@@ -1,11 +1,11 @@
 """Calls as they come from clients: checked, entered in the books, and put where they wait or handed to `dispatch`.
 
-Whole columns at a time where there can be many (C2); the queues are pumped once per message, after it was taken in whole (B1).
+Whole columns at a time where there can be many: what may be held as one is for `slices` to accept, the rest is accepted here, each by
+itself (C2). The queues are pumped once per message, after it was taken in whole (B1).
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any, Final
 
 from forge_broker.core.answers import Answers
@@ -18,9 +18,10 @@ from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import LEAVING
 from forge_broker.core.replies import Replies
-from forge_broker.core.requests import Gather, Request, Slice
+from forge_broker.core.requests import Gather, Request
 from forge_broker.core.returns import Returns
 from forge_broker.core.services import Endpoint, Service
+from forge_broker.core.slices import Slices
 from forge_broker.core.state import State
 from forge_contract.errors import (
     BadCall,
@@ -32,17 +33,20 @@ from forge_contract.errors import (
     UnknownSession,
 )
 from forge_contract.framing import Payload, Payloads, weigh
-from forge_contract.messages import DROPPED, UNTOUCHED, request_id, sequence_of, spread
+from forge_contract.messages import DROPPED, UNTOUCHED, request_id, sequence_of
 
 PRUNE_FROM: Final = 10_000  # deadlines; below it, looking for outdated ones is not worth it
 
 
 class Intake:
-    def __init__(self, state: State, answers: Answers, returns: Returns, dispatch: Dispatch, replies: Replies) -> None:
+    def __init__(
+        self, state: State, answers: Answers, returns: Returns, dispatch: Dispatch, slices: Slices, replies: Replies
+    ) -> None:
         self._state = state
         self._answers = answers
         self._returns = returns
         self._dispatch = dispatch
+        self._slices = slices
         self._replies = replies
         self._prune_at = PRUNE_FROM
 
@@ -62,25 +66,13 @@ class Intake:
             return
         new = min(sequences) > client.last_sequence and len(set(sequences)) == len(sequences)
         client.last_sequence = max(client.last_sequence, *sequences)
-        if new and min(sizes) >= 0 and self._held_as_one(endpoint, columns):
+        if new and min(sizes) >= 0 and self._slices.may_hold(endpoint, columns):
             packed = payloads.take_packed(sizes)
-            at = start = 0
-            if self._leave_at_once(endpoint):
-                shape = columns.get("shape") or 0
-                at, start = self._slices(client, endpoint, sequences, sizes, packed, shape, now)
-                if at == len(sequences):
-                    return
-                sequences, sizes, packed = sequences[at:], sizes[at:], packed[start:]
-            limit = endpoint.service.config.max_queued_requests
-            if endpoint.batcher is None and endpoint.queue.length + len(sequences) <= limit:
-                self._wait_as_one(client, endpoint, sequences, sizes, packed, now)
+            at = self._slices.accept(client, endpoint, sequences, sizes, packed, columns, now)
+            if at == len(sequences):
                 return
-            payloads = Payloads(packed, ())
-        elif new and min(sizes) >= 0 and columns.keys() == {"session"} and endpoint.batcher is None:
-            packed = payloads.take_packed(sizes)
-            if self._to_their_sessions(client, endpoint, sequences, sizes, packed, columns["session"], now):
-                return
-            payloads = Payloads(packed, ())
+            packed = packed[sum(sizes[:at]) :]
+            sequences, sizes, payloads = sequences[at:], sizes[at:], Payloads(packed, ())
         self._one_by_one(client, endpoint, sequences, payloads.take_all(sizes), columns, now)
 
     def _one_by_one(
@@ -146,125 +138,6 @@ class Intake:
             del stateless[: self._dispatch.route_all(stateless, endpoint, now)]
         self._enqueue(stateless, endpoint, now)
         self._dispatch.pump(service, now)
-
-    def _held_as_one(self, endpoint: Endpoint, columns: dict[str, Any]) -> bool:
-        """Whether calls of this endpoint may be held as one: they have nothing but arguments, and there is a share for each replica rather
-        than a choice for each call."""
-        if endpoint.queue.deal is None or endpoint.service.config.world > 1:
-            return False
-        batcher = endpoint.batcher
-        if batcher is None:
-            return not columns
-        # In a lane calls wait one by one; so these are the ones that need not wait for company.
-        return (
-            (not columns or (columns.keys() == {"shape"} and type(columns["shape"]) is int))
-            and not batcher.length
-            and batcher.max_weight >= batcher.size
-            and self._leave_at_once(endpoint)
-        )
-
-    def _leave_at_once(self, endpoint: Endpoint) -> bool:
-        """Whether nobody waits before new calls of this endpoint, and there is room."""
-        service = endpoint.service
-        return bool(not service.ready and not endpoint.queue.length and service.pool.roomy)
-
-    def _to_their_sessions(
-        self,
-        client: Client,
-        endpoint: Endpoint,
-        sequences: list[int],
-        sizes: list[int],
-        packed: bytes,
-        sessions: list[str | None] | str,
-        now: float,
-    ) -> bool:
-        """Dispatch calls of sessions that live on replicas with room for all of them, behind nobody: a slice to each replica. False, and
-        nothing was done, where something has to be decided for one of them: it is new, lost, or kept for a suspect; what its replica should
-        take has to wait; or its calls run one at a time (S3)."""
-        service: Service = endpoint.service
-        if service.exports or service.ready or service.suspects.length or service.config.world > 1:
-            return False
-        known, pins = service.sessions, service.pins
-        shares: dict[int, list[int]] = {}  # replica → places in the columns
-        sids = spread(sessions, len(sequences))
-        for at, sid in enumerate(sids):
-            session = known.get(sid)
-            idx = pins.get(sid)
-            if session is None or idx is None or session.lost or session.unpinned:
-                return False
-            if idx in shares:
-                shares[idx].append(at)
-            else:
-                shares[idx] = [at]
-        for idx, places in shares.items():
-            replica = service.replicas[idx]
-            if not replica.has_room or replica.parked.length or len(places) > replica.limit - replica.active:
-                return False
-        for sid in sids:
-            known[sid].used_at = now
-        base = request_id(client.id, 0)
-        ends = list(accumulate(sizes))
-        for idx, places in shares.items():
-            ids = [base + sequences[at] for at in places]
-            share = [sizes[at] for at in places]
-            one = Slice(
-                ids, share, b"".join([packed[ends[at] - sizes[at] : ends[at]] for at in places]), client, endpoint, now
-            )
-            one.sessions = {key: sids[at] for key, at in zip(ids, places, strict=True)}
-            self._dispatch.slice(one, service.replicas[idx], now)
-        client.accepted += len(sequences)
-        client.held_bytes += len(packed)
-        self._state.held_bytes += len(packed)
-        return True
-
-    def _wait_as_one(
-        self, client: Client, endpoint: Endpoint, sequences: list[int], sizes: list[int], packed: bytes, now: float
-    ) -> None:
-        """Accept these, and have them wait, held as one (C2)."""
-        base = request_id(client.id, 0)
-        ids = [base + sequence for sequence in sequences]
-        one = Slice(ids, sizes, packed, client, endpoint, now)
-        client.calls.update(dict.fromkeys(ids, one))
-        client.accepted += len(ids)
-        client.held_bytes += len(packed)
-        self._state.held_bytes += len(packed)
-        endpoint.queue.push_slice(one)
-        endpoint.service.wake(endpoint.queue)
-        self._dispatch.pump(endpoint.service, now)
-
-    def _slices(
-        self,
-        client: Client,
-        endpoint: Endpoint,
-        sequences: list[int],
-        sizes: list[int],
-        packed: bytes,
-        shape: int,
-        now: float,
-    ) -> tuple[int, int]:
-        """Dispatch these, from the first on while somebody has room, a slice to each replica, or to each batch that is full (C2): how many,
-        and of how many bytes."""
-        at = start = 0
-        base = request_id(client.id, 0)
-        deal, batcher = endpoint.queue.deal, endpoint.batcher
-        assert deal is not None
-        units = len(sequences) if batcher is None else len(sequences) // batcher.size
-        for replica, count in deal(endpoint.service.pool, units):
-            for size in [count] if batcher is None else [batcher.size] * count:
-                end = at + size
-                ids = [base + sequence for sequence in sequences[at:end]]
-                share = sizes[at:end]
-                stop = start + sum(share)
-                kind = None if batcher is None else shape
-                one = Slice(ids, share, packed[start:stop], client, endpoint, now)
-                self._dispatch.slice(one, replica, now, shape=kind)
-                at, start = end, stop
-            if batcher is not None:
-                batcher.stats.left("size", batcher.size, 0.0, count)
-        client.accepted += at
-        client.held_bytes += start
-        self._state.held_bytes += start
-        return at, start
 
     def _reclaim(self, request: Request, claim: Claim, now: float) -> None:
         """A call that was sent to our predecessor, and that a replica runs or has ended (F10): it is not run again; or gave back."""

@@ -97,20 +97,6 @@ class Queue:
         """Who is next, left where it is."""
         return next(iter(self), None)
 
-    def pop(self) -> Request:
-        for priority in self._order:
-            level = self._levels[priority]
-            for one in level.values():
-                if type(one) is Slice:
-                    request = one.show(next(iter(one.left)))
-                    self.remove(request)
-                    request.client.calls[request.id] = request
-                else:
-                    request = one  # type: ignore[assignment]  # no Slice
-                    self.remove(request)
-                return request
-        raise LookupError(f"{self!r} is empty")
-
     def take(self, count: int) -> list[Any]:
         """The first `count`, or all there are, as they are held: Requests and Slices."""
         taken: list[Request | Slice] = []

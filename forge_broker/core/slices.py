@@ -1,0 +1,157 @@
+"""Calls of one envelope that are accepted, and held, as one (C2): a `requests.Slice` for each way that some of them go.
+
+`intake` asks us first, and accepts by itself what we leave; `dispatch` carries our slices over, at once or out of the queue where they
+wait. There is one path: whatever a slice's calls cannot share, a deadline, say, makes them Requests from the start.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+from forge_broker.core.clients import Client
+from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.requests import Slice
+from forge_broker.core.services import Endpoint, Service
+from forge_broker.core.state import State
+from forge_contract.messages import request_id, spread
+
+_SESSION = {"session"}
+_SHAPE = {"shape"}
+
+
+class Slices:
+    def __init__(self, state: State, dispatch: Dispatch) -> None:
+        self._state = state
+        self._dispatch = dispatch
+
+    def may_hold(self, endpoint: Endpoint, columns: dict[str, Any]) -> bool:
+        """Whether `accept` may hold any calls with these columns: they have nothing but arguments, and there is a share for each replica
+        rather than a choice for each call; or nothing but their sessions."""
+        batcher = endpoint.batcher
+        if columns.keys() == _SESSION:
+            return batcher is None
+        if endpoint.queue.deal is None or endpoint.service.config.world > 1:
+            return False
+        if batcher is None:
+            return not columns
+        # In a lane calls wait one by one; so these are the ones that need not wait for company.
+        return (
+            (not columns or (columns.keys() == _SHAPE and type(columns["shape"]) is int))
+            and not batcher.length
+            and batcher.max_weight >= batcher.size
+            and self._leave_at_once(endpoint)
+        )
+
+    def accept(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        sequences: list[int],
+        sizes: list[int],
+        packed: bytes,
+        columns: dict[str, Any],
+        now: float,
+    ) -> int:
+        """Accept new calls with small arguments, `packed` side by side, for which `may_hold` holds: how many, from the first on."""
+        base = request_id(client.id, 0)
+        ids = [base + sequence for sequence in sequences]
+        if "session" in columns:
+            at = self._to_their_sessions(client, endpoint, ids, sizes, packed, columns["session"], now)
+        else:
+            at = 0
+            if self._leave_at_once(endpoint):
+                at = self._share_out(client, endpoint, ids, sizes, packed, columns.get("shape") or 0, now)
+            limit = endpoint.service.config.max_queued_requests
+            if at < len(ids) and endpoint.batcher is None and endpoint.queue.length + len(ids) - at <= limit:
+                self._wait(client, endpoint, ids[at:], sizes[at:], packed[sum(sizes[:at]) :], now)
+                at = len(ids)
+        held = len(packed) if at == len(ids) else sum(sizes[:at])
+        client.accepted += at
+        client.held_bytes += held
+        self._state.held_bytes += held
+        return at
+
+    def _leave_at_once(self, endpoint: Endpoint) -> bool:
+        """Whether nobody waits before new calls of this endpoint, and there is room."""
+        service = endpoint.service
+        return bool(not service.ready and not endpoint.queue.length and service.pool.roomy)
+
+    def _share_out(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        ids: list[int],
+        sizes: list[int],
+        packed: bytes,
+        shape: int,
+        now: float,
+    ) -> int:
+        """Dispatch these, from the first on while somebody has room, a slice to each replica, or to each batch that is full: how many."""
+        at = start = 0
+        deal, batcher = endpoint.queue.deal, endpoint.batcher
+        assert deal is not None
+        units = len(ids) if batcher is None else len(ids) // batcher.size
+        for replica, count in deal(endpoint.service.pool, units):
+            for size in [count] if batcher is None else [batcher.size] * count:
+                end = at + size
+                share = sizes[at:end]
+                stop = start + sum(share)
+                one = Slice(ids[at:end], share, packed[start:stop], client, endpoint, now)
+                self._dispatch.slice(one, replica, now, shape=None if batcher is None else shape)
+                at, start = end, stop
+            if batcher is not None:
+                batcher.stats.left("size", batcher.size, 0.0, count)
+        return at
+
+    def _wait(
+        self, client: Client, endpoint: Endpoint, ids: list[int], sizes: list[int], packed: bytes, now: float
+    ) -> None:
+        one = Slice(ids, sizes, packed, client, endpoint, now)
+        client.calls.update(dict.fromkeys(ids, one))
+        endpoint.queue.push_slice(one)
+        endpoint.service.wake(endpoint.queue)
+        self._dispatch.pump(endpoint.service, now)
+
+    def _to_their_sessions(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        ids: list[int],
+        sizes: list[int],
+        packed: bytes,
+        sessions: list[str | None] | str,
+        now: float,
+    ) -> int:
+        """Dispatch calls of sessions that live on replicas with room for all of them, behind nobody: a slice to each replica. All, or none
+        where something has to be decided for one of them: it is new, lost, or kept for a suspect; what its replica should take has to
+        wait; or its calls run one at a time (S3)."""
+        service: Service = endpoint.service
+        if service.exports or service.ready or service.suspects.length or service.config.world > 1:
+            return 0
+        known, pins = service.sessions, service.pins
+        shares: dict[int, list[int]] = {}  # replica → places in the columns
+        sids = spread(sessions, len(ids))
+        for at, sid in enumerate(sids):
+            session = known.get(sid)
+            idx = pins.get(sid)
+            if session is None or idx is None or session.lost or session.unpinned:
+                return 0
+            if idx in shares:
+                shares[idx].append(at)
+            else:
+                shares[idx] = [at]
+        for idx, places in shares.items():
+            replica = service.replicas[idx]
+            if not replica.has_room or replica.parked.length or len(places) > replica.limit - replica.active:
+                return 0
+        for sid in sids:
+            known[sid].used_at = now
+        ends = list(accumulate(sizes))
+        for idx, places in shares.items():
+            share = [sizes[at] for at in places]
+            theirs = b"".join([packed[ends[at] - sizes[at] : ends[at]] for at in places])
+            one = Slice([ids[at] for at in places], share, theirs, client, endpoint, now)
+            one.sessions = {ids[at]: sids[at] for at in places}
+            self._dispatch.slice(one, service.replicas[idx], now)
+        return len(ids)
