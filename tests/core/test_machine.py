@@ -450,7 +450,16 @@ class Machine(RuleBasedStateMachine):
         """A reply from who is thought dead, or that is not the current one: nobody gets it (W3)."""
         live = [worker for worker in self.workers if worker.calls]
         if lie == "late" or not live:
-            worker = self.dead[which % len(self.dead)]
+            # One elsewhere that died without a word is none yet: its last one may well have come before its silence was long enough.
+            state = self.bench.state
+            gone = [
+                one
+                for one in self.dead
+                if one.name not in state.workers or state.workers[one.name].state is WorkerState.LOST
+            ]
+            if not gone:
+                return
+            worker = gone[which % len(gone)]
             held = worker.calls[:1] or [(request_id(self.clients[0].id, max(1, self.clients[0].sequence)), 1, b"")]
         else:
             worker = live[which % len(live)]
