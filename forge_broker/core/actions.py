@@ -51,6 +51,12 @@ class Watch(NamedTuple):
     started: int
 
 
+class Unwatch(NamedTuple):
+    """This peer has left; its process may live on, and meet us again under another name."""
+
+    name: str
+
+
 class Look(NamedTuple):
     """See whether this silent peer of this machine is stopped, and say so by a Stopped (F1)."""
 
@@ -86,4 +92,4 @@ class Exit(NamedTuple):
 send: Final = partial(tuple.__new__, Send)
 deliver: Final = partial(tuple.__new__, Deliver)
 
-Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Look | Unlink | Sweep | Note | Exit
+Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Unwatch | Look | Unlink | Sweep | Note | Exit

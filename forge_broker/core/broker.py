@@ -14,7 +14,7 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any, Final
 
-from forge_broker.core.actions import Action, Look, Send, Sweep, Watch, send
+from forge_broker.core.actions import Action, Look, Send, Sweep, Unwatch, Watch, send
 from forge_broker.core.answers import Answers
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.claims import Asked
@@ -216,6 +216,7 @@ class Broker:
         # A tool that only looks comes and goes with every `forge status`.
         state.note("debug" if client.detached else "info", "client gone", client=client.name, why=why)
         self._left(client)
+        state.actions.append(Unwatch(client.name))
         self.leftovers.of(client, now)
         if state.claims:
             state.claims = {one: claim for one, claim in state.claims.items() if messages.client_of(one) != client.id}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Final
 
-from forge_broker.core.actions import Exit, Kill, KillPeer
+from forge_broker.core.actions import Exit, Kill, KillPeer, Unwatch
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
@@ -275,6 +275,7 @@ class Lifecycle:
         if state.workers.pop(worker.name, None) is None:
             return
         worker.move(WorkerMove.END)
+        state.actions.append(Unwatch(worker.name))
         self._leftovers.of(worker, now)
         if not worker.launch and worker.host == state.host:
             for gpu in worker.gpus:

@@ -56,6 +56,7 @@ class Watches:
         self._host = host_id()
         self._namespace = pid_namespace()
         self._names: dict[int, str] = {}
+        self._over: list[int] = []  # of who has left, open until `close_over`
 
     def open(self, watch: Watch) -> int | None:
         """A descriptor that becomes readable when the process ends; None when it is not on this machine, or not what it says it is."""
@@ -76,6 +77,21 @@ class Watches:
         os.close(descriptor)
         return self._names.pop(descriptor)
 
+    def end(self, name: str) -> list[int]:
+        """Nobody watches this peer any more: its descriptors, which stay open until `close_over`. Closed at once, their numbers could be
+        given to others, of whom the poller seemed to have told in this turn."""
+        found = [descriptor for descriptor, other in self._names.items() if other == name]
+        for descriptor in found:
+            del self._names[descriptor]
+        self._over += found
+        return found
+
+    def close_over(self) -> None:
+        """All that the poller told of has been looked at."""
+        for descriptor in self._over:
+            os.close(descriptor)
+        self._over.clear()
+
     def descriptor_of(self, name: str) -> int | None:
         return next((descriptor for descriptor, other in self._names.items() if other == name), None)
 
@@ -83,6 +99,7 @@ class Watches:
         return descriptor in self._names
 
     def close(self) -> None:
+        self.close_over()
         for descriptor in self._names:
             os.close(descriptor)
         self._names.clear()

@@ -37,6 +37,7 @@ from forge_broker.core.actions import (
     Send,
     Sweep,
     Unlink,
+    Unwatch,
     Watch,
 )
 from forge_broker.core.broker import Broker
@@ -200,6 +201,7 @@ class Server:
                 elif key.data not in unread:
                     at, router = key.data
                     self._drain(at, router, now)
+            self._watches.close_over()
             if self._signals > seen_signals:
                 seen_signals = self._signals
                 if seen_signals > 1 or broker.state.terminating:
@@ -273,6 +275,9 @@ class Server:
                     self._segments.sweep(action.living)
             elif isinstance(action, Watch):
                 self._watch(action, now)
+            elif isinstance(action, Unwatch):
+                for descriptor in self._watches.end(action.name):
+                    self._poller.unregister(descriptor)
             elif isinstance(action, Launch):
                 failed = self._scaler.launch(action)
                 if failed is not None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import zmq
 
+from forge_broker.shell.processes import host_id, pid_namespace, start_time
 from forge_contract.errors import from_wire
-from forge_contract.messages import ANSWER, CALLS, CONTROL, HELLO, REFUSE, WHO
+from forge_contract.messages import ANSWER, BYE, CALLS, CONTROL, HELLO, REFUSE, WHO
 from tests.shell.running import BrokerProcess, RawPeer, private_address
 
 
@@ -114,6 +115,26 @@ def test_a_patience_without_end_does_not_end_the_broker(tmp_path: Path) -> None:
         for number in (1, 2):
             peer.send(number, [[CONTROL, number, "status", {}, 0]], incarnation=incarnation)
             assert peer.receive().body[0][:3] == [ANSWER, number, True]
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="pidfds are Linux's")
+def test_who_leaves_is_watched_no_more_though_its_process_lives(tmp_path: Path) -> None:
+    """W8: a program that connects a thousand times costs the broker no descriptor for each."""
+    us = {"host": host_id(), "pid": os.getpid(), "pid_namespace": pid_namespace(), "started": start_time(os.getpid())}
+    with BrokerProcess(bind=[private_address(tmp_path)], log_dir=str(tmp_path / "logs")) as broker:
+        descriptors = Path(f"/proc/{broker.process.pid}/fd")
+
+        def watched() -> int:
+            return sum("pidfd" in os.readlink(one) for one in descriptors.iterdir())
+
+        with RawPeer(broker.address) as peer:
+            for number in range(4):
+                peer.name = f"c-{number:016x}"
+                incarnation = peer.greet(**us)["incarnation"]
+                peer.send(1, [[CONTROL, 1, "status", {}, 0]], incarnation=incarnation)
+                assert peer.receive().body[0][:3] == [ANSWER, 1, True]
+                assert watched() == 1
+                peer.send(2, [[BYE, "done"]], incarnation=incarnation, ack=1)
 
 
 def test_another_version_is_told_which_one_the_broker_speaks(tmp_path: Path) -> None:
