@@ -55,6 +55,22 @@ def test_waiting_calls_bring_a_replica_and_it_takes_its_share() -> None:
     assert client.ask("state", service="Echo")["scaling"]["wanted"] == 2
 
 
+def test_a_service_that_has_just_started_is_judged_by_more_than_its_first_sample() -> None:
+    """X1: however long its start took; what lasts is believed."""
+    bench = Bench()
+    client = bench.client()
+    steady = AutoscalingConfig(scale_up_request_rate_threshold=1000.0)
+    client.deploy(num_replicas=1, replica_max_concurrent_requests=1, autoscaling=steady)
+    (one,) = bench.launched()
+    bench.advance(60.4)
+    one.ready()
+    client.call(bench.service().endpoints[0].id, b"x")
+    bench.advance(1.0)
+    assert client.ask("why_scale", service="Echo")["decisions"][0]["rule"] != "capacity"
+    bench.advance(20.0)
+    assert client.ask("why_scale", service="Echo")["last_change"]["rule"] == "capacity"
+
+
 def test_an_emergency_adds_a_step_at_each_evaluation_until_there_are_enough_or_no_more_are_allowed() -> None:
     """X1: whatever the cooldowns say."""
     serving = scaled(most=6)
