@@ -43,6 +43,7 @@ SETTLED: Final = 37
 REPLAY: Final = 38
 IMPORT: Final = 39
 FORGET: Final = 40
+WARM: Final = 41
 
 # Worker to broker.
 MASTER: Final = 48
@@ -50,6 +51,7 @@ READY: Final = 49
 UNREADY: Final = 50
 REPLIES: Final = 51
 STATES: Final = 52
+WARMED: Final = 53
 
 # How a call ended.
 OK: Final = 0  # the payload is the value

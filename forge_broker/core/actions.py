@@ -28,6 +28,13 @@ class Launch(NamedTuple):
     label: str  # "Class/replica.rank", for its output
 
 
+class Label(NamedTuple):
+    """What a launched process has become: for its output from now on."""
+
+    launch: int
+    label: str
+
+
 class Kill(NamedTuple):
     """End a launched process now."""
 
@@ -81,4 +88,4 @@ class Exit(NamedTuple):
     """All is stopped: the shell may end."""
 
 
-Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Look | Unlink | Sweep | Note | Exit
+Action = Send | Deliver | Launch | Label | Kill | KillPeer | Watch | Look | Unlink | Sweep | Note | Exit

@@ -137,6 +137,10 @@ class Service:
         "replays",
         "replicas",
         "sessions",
+        "spare_at",
+        "spare_deaths",
+        "spare_why",
+        "spares",
         "spec",
         "start_failure",
         "started",
@@ -184,6 +188,10 @@ class Service:
         self.waiting_start: list[tuple[Any, int]] = []  # (client, control number)
         self.start_failure: Any = None  # fields and payload of the answer to those, when it stops instead
         self.waiting_stop: list[tuple[Any, int]] = []
+        self.spares: dict[int, Any] = {}  # state.Spare by number: those that wait for a replica of ours to start
+        self.spare_deaths = 0  # in a row
+        self.spare_at = 0.0  # no new one before that
+        self.spare_why = ""  # why there are fewer than wanted
         self.watchers: set[str] = set()  # clients that get its metrics
         self.metrics_at = 0.0  # when the next snapshot goes out; 0.0: none is due
 
@@ -202,6 +210,11 @@ class Service:
     def queues(self) -> list[Queue]:
         """All where a call of no replica may wait."""
         return [*self.rotation, self.suspects]
+
+    @property
+    def spares_name(self) -> str:
+        """What its spares are called, in stories and as holders of GPUs."""
+        return f"{self.name}/spares"
 
     def deed(self) -> dict[str, Any]:
         """What a broker without memory needs to have this service again (PROTOCOL.md §7.2)."""

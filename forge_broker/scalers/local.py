@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Final
 
-from forge_broker.core.actions import Launch
+from forge_broker.core.actions import Label, Launch
 from forge_broker.core.events import LaunchEnded
 from forge_contract.exit_status import how_it_ended
 
@@ -67,6 +67,11 @@ class LocalScaler:
             self._shown.add(launch.launch, launch.label, process.stdout)
         return None
 
+    def label(self, label: Label) -> None:
+        """What a process is for has changed. Its file, if it has one, keeps its name."""
+        if self._shown is not None:
+            self._shown.label(label.launch, label.label)
+
     def kill(self, launch: int) -> None:
         process = self._processes.get(launch)
         if process is not None and process.poll() is None:
@@ -113,7 +118,8 @@ class _Shown:
         os.set_blocking(self._wake_in, False)
         self._selector.register(self._wake_in, selectors.EVENT_READ)
         self._lock = threading.Lock()
-        self._new: list[tuple[int, str, IO[bytes]]] = []
+        self._new: list[tuple[int, IO[bytes]]] = []
+        self._labels: dict[int, str] = {}  # until its pipe ends
         self._last: dict[int, deque[str]] = {}
         self._drained: dict[int, threading.Event] = {}
         self._closing = False
@@ -124,8 +130,14 @@ class _Shown:
         with self._lock:
             self._last[launch] = deque(maxlen=LAST_LINES)
             self._drained[launch] = threading.Event()
-            self._new.append((launch, label, stream))
+            self._labels[launch] = label
+            self._new.append((launch, stream))
         os.write(self._wake_out, b"+")
+
+    def label(self, launch: int, label: str) -> None:
+        with self._lock:
+            if launch in self._labels:
+                self._labels[launch] = label
 
     def last_lines(self, launch: int) -> list[str]:
         """Of a process that has ended. Its pipe ends with it unless it left children behind, for whom we do not wait long."""
@@ -149,10 +161,10 @@ class _Shown:
                     self._forward(*key.data)
             with self._lock:
                 new, self._new = self._new, []
-            for launch, label, stream in new:
-                self._selector.register(stream, selectors.EVENT_READ, (launch, label, stream, bytearray()))
+            for launch, stream in new:
+                self._selector.register(stream, selectors.EVENT_READ, (launch, stream, bytearray()))
 
-    def _forward(self, launch: int, label: str, stream: IO[bytes], rest: bytearray) -> None:
+    def _forward(self, launch: int, stream: IO[bytes], rest: bytearray) -> None:
         chunk = os.read(stream.fileno(), 65536)
         rest += chunk
         *lines, tail = bytes(rest).split(b"\n")
@@ -161,8 +173,11 @@ class _Shown:
             lines.append(tail)
         shown = [line.decode(errors="replace") for line in lines]
         with self._lock:
+            label = self._labels[launch]
             if launch in self._last:
                 self._last[launch].extend(shown)
+            if not chunk:
+                del self._labels[launch]
         if shown:
             sys.stderr.write("".join(f"[{label}] {line}\n" for line in shown))
             sys.stderr.flush()

@@ -28,6 +28,7 @@ from forge_broker.core.actions import (
     Exit,
     Kill,
     KillPeer,
+    Label,
     Launch,
     Look,
     Note,
@@ -253,6 +254,8 @@ class Server:
                 failed = self._scaler.launch(action)
                 if failed is not None:
                     self._event(failed, now)
+            elif isinstance(action, Label):
+                self._scaler.label(action)
             elif isinstance(action, Kill):
                 self._scaler.kill(action.launch)
             elif isinstance(action, KillPeer):

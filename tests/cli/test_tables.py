@@ -243,3 +243,13 @@ def test_durations_are_as_people_say_them(seconds: float, text: str) -> None:
 )
 def test_sizes_are_as_people_say_them(count: int, text: str) -> None:
     assert size(count) == text
+
+
+def test_spares_are_told_with_their_service_and_their_processes_and_why_there_are_not_more() -> None:
+    """X2."""
+    one = service(spares={"wanted": 2, "ready": 1, "starting": 0, "why": "the last one failed: no torch\n  Traceback"})
+    spare = worker(state="WARM", replica=None, rank=None, spare_of="gen")
+    text = shown(status_page(status(one, workers=(spare,)), "ipc:///b.sock"), 120)
+    assert "1 of 2 spares ready" in text
+    assert "spare of gen" in text
+    assert "gen has fewer spares than wanted: the last one failed: no torch\n    Traceback" in text

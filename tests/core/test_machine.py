@@ -32,6 +32,7 @@ from forge_contract.messages import (
     STATES,
     UNREADY,
     UNTOUCHED,
+    WARMED,
     request_id,
 )
 from tests.core.model import BATCH_SIZE, ELSEWHERE, MAX_ATTEMPTS, Asked, Model, Rank
@@ -81,8 +82,9 @@ class Machine(RuleBasedStateMachine):
         procs=st.sampled_from([1, 1, 1, 2]),
         loss=st.sampled_from(["restart", "raise"]),
         queued=st.sampled_from([4, 1000]),
+        spares=st.sampled_from([0, 0, 1]),
     )
-    def begin(self, replicas: int, room: int, procs: int, loss: str, queued: int) -> None:
+    def begin(self, replicas: int, room: int, procs: int, loss: str, queued: int, spares: int) -> None:
         self.bench = Bench(max_workers=12, checkpoint_bytes=40, dead_letters=2)
         self.model = Model(self.bench)
         self.launches: list[int] = []
@@ -107,6 +109,7 @@ class Machine(RuleBasedStateMachine):
             on_session_loss=loss,
             max_queued_requests=queued,
             max_attempts=MAX_ATTEMPTS,
+            warm_spares=spares,
         )
         for one in plan["endpoints"]:
             one["options"] = EndpointOptions(**ENDPOINTS[one["name"]]).to_wire()
@@ -281,7 +284,13 @@ class Machine(RuleBasedStateMachine):
                 self.look_around()
         if steps != 1:
             for worker in list(self.workers):
+                self.say_warmed(worker)
                 self.say_ready(worker)
+
+    def say_warmed(self, worker: Rank) -> None:
+        if worker.warming:
+            worker.warming = False
+            worker.say([WARMED])
 
     def say_ready(self, worker: Rank) -> None:
         if worker.assigned and worker.told_ready < len(worker.replays) and not worker.stopping:
@@ -456,6 +465,7 @@ class Machine(RuleBasedStateMachine):
                 if worker.stopping:
                     self.depart(worker, 100, True)
                     continue
+                self.say_warmed(worker)
                 self.say_ready(worker)
                 while worker.calls:
                     worker.end(0, OK)
