@@ -204,6 +204,7 @@ class ServiceConfig:
 
     # Starts
     warm_spares: int = 0  # replicas' worth of processes that have imported the class and wait for a replica to start
+    preload: bool = False  # processes are forked from one that has imported the class, unless its import forbids it
 
     # Sessions
     session_ttl_s: float | None = None  # a session unused for so long ends; None: only with its client

@@ -75,13 +75,14 @@ LEAVE_WITHIN_S: Final = 30.0
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """The command line of a child."""
+    """The command line of a child, and what a fork server has for it."""
 
     broker: str
     gpus: tuple[str, ...] = ()
     launch: int = 0
     labels: dict[str, str] = field(default_factory=dict)
     owned: bool = False  # stdin is a supervisor's pipe; its end means the supervisor is gone
+    loaded: type | None = None  # the class, imported before we were forked
 
 
 def main(options: WorkerOptions) -> int:
@@ -142,7 +143,7 @@ class Worker:
         )
         self._heartbeat = Heartbeat(options.broker, self._beat)
         self._host: ActorHost | None = None
-        self._class: type | None = None  # of a spare
+        self._class = options.loaded  # of a spare, or forked from a process that had it
         self._instance: Any = None
         self._starting: asyncio.Task[None] | None = None
         self._begin: asyncio.Future[Begin] = self._loop.create_future()
@@ -299,7 +300,7 @@ class Worker:
         """The loop stands still meanwhile, as the import would have it anyway: it belongs on the main thread."""
         os.environ.update(source.environment())
         try:
-            self._class = load_class(source)
+            self._class = self._class or load_class(source)
         except BaseException as error:  # SystemExit too: whoever looks at the spares is told, whatever it was
             log.error("%s could not be imported for %s", source.class_name, source.label, exc_info=trimmed(error))
             self._give_in("could not import", told(error), self._encoded(error))
@@ -311,7 +312,7 @@ class Worker:
             os.environ.update(assignment.environment())
             begin = await self._meet(assignment)
             os.environ.update(master_environment(begin.addr, begin.port))
-            # A class sent by value is another one each time it is loaded: of a spare it is the one that was.
+            # A class sent by value is another one each time it is loaded: here it is the one that was.
             cls = self._class or load_class(assignment)
             self._instance = make_instance(cls, assignment, arguments)
             methods = find_methods(self._instance, assignment)

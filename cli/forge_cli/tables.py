@@ -112,6 +112,7 @@ def _services(services: Sequence[Mapping[str, Any]]) -> Table:
             "stopping" if service["stopping"] else f"{draining} draining" if draining else "",
             "actor" if service["kind"] == "actor" else "",
             _spares(service.get("spares") or {}),
+            "preloaded" if (service.get("preload") or {}).get("ready") else "",
             "" if service["detached"] else "ends with its client",
         ]
         table.add_row(
@@ -231,6 +232,8 @@ def troubles(services: Sequence[Mapping[str, Any]], verbose: bool = False) -> li
             head, *lines = why.splitlines()
             told.append(Text(f"{service['name']} has fewer spares than wanted: {_printable(head)}", "yellow"))
             told += _stderr(lines, verbose)
+        if why := (service.get("preload") or {}).get("why"):
+            told.append(Text(f"{service['name']} is not preloaded: {_printable(why)}", "yellow"))
     for replica in (replica for service in services for replica in service["replicas"]):
         if replica["pending"]:
             told.append(Text(f"{replica['name']} is pending, because it {_printable(replica['pending'])}", "yellow"))

@@ -26,6 +26,7 @@ from forge_broker.core.endings import Endings
 from forge_broker.core.events import (
     Event,
     LaunchEnded,
+    Preloaded,
     ProcessGone,
     Received,
     Route,
@@ -126,6 +127,8 @@ class Broker:
                 self.lifecycle.stopped(worker, now)
         elif isinstance(event, LaunchEnded):
             self.lifecycle.launch_ended(event.launch, event.why, event.last_lines, now)
+        elif isinstance(event, Preloaded):
+            self.seating.preloaded(event.service, event.why, now)
         elif isinstance(event, Stalled):
             state.stalled(event.seconds, now)
         elif isinstance(event, Terminate):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Final
 
-from forge_broker.core.actions import Exit, Kill, KillPeer
+from forge_broker.core.actions import Exit, Kill, KillPeer, Unload
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
@@ -534,6 +534,8 @@ class Lifecycle:
             del state.endpoints[endpoint.id]
         if service.owner is not None:
             service.owner.services.discard(service.id)
+        if service.config.preload:
+            state.actions.append(Unload(service.id))
         state.note("info", "service stopped", service=service.name)
         self._telling.notice(service, "stopped", error=service.stopping.to_wire())
         # Whoever deployed it hears of a failed start now that nothing of it is left: it may be tried again at once.

@@ -96,6 +96,16 @@ class Seating:
         if not awaited:
             self._spares.fill(now)
 
+    def preloaded(self, service_id: int, why: str, now: float) -> None:
+        """Its workers are forked, or, for this reason, cannot be."""
+        service = self._state.services.get(service_id)
+        if service is None:
+            return
+        service.preload_ready, service.preload_why = not why, why
+        if why:
+            self._state.note("warning", "not preloaded", service=service.name, why=why)
+            self._state.story.tell(now, f"{service.name}/preload", f"workers are started, not forked: {why}")
+
     def spare_due(self, which: tuple[int, int], now: float) -> None:
         """A spare has had its time to import, or another may be made. `which`: service id, number."""
         self._spares.is_late(*which, now)
@@ -124,7 +134,7 @@ class Seating:
             state.launches[launch.id] = launch
             for gpu in seat.gpus:
                 state.slots[gpu] = f"{replica.name}.{rank}"
-            state.actions.append(LaunchAction(launch.id, seat.gpus, _label(replica, rank)))
+            state.actions.append(LaunchAction(launch.id, seat.gpus, _label(replica, rank), replica.service.preload))
 
     def _seat_spare(self, replica: Replica, spare: Spare) -> None:
         """Its processes that have said hello are told at once, the others when they do, as any that are launched."""
@@ -144,11 +154,9 @@ class Seating:
         worker.rank = rank
         replica.ranks[rank] = worker
         here = [one for one, seat in enumerate(replica.seats) if seat.host == replica.seats[rank].host]
-        spec = service.spec
         fields = {
+            **service.source,
             "service": service.id,
-            "name": service.name,
-            "class_name": service.class_name,
             "replica": replica.idx,
             "epoch": replica.epoch,
             "rank": rank,
@@ -156,10 +164,6 @@ class Seating:
             "local_rank": here.index(rank),
             "local_world": len(here),
             "gpus": [gpu for one in here for gpu in replica.seats[one].gpus],
-            "target": spec["target"],
-            "path": spec.get("path") or [],
-            "cwd": spec.get("cwd"),
-            "trusted": service.init_trusted,
             "endpoints": [{"name": endpoint.name, "options": endpoint.options} for endpoint in service.endpoints],
             "concurrency": service.config.concurrency,
             "serial": service.config.concurrency == 1 and len(replica.ranks) > 1,

@@ -54,18 +54,8 @@ class Spares:
         """A spare's process has said hello, and may import."""
         spare = launch.spare
         assert spare is not None
-        spec = spare.service.spec
         worker.move(WorkerMove.WARM)
-        fields = {
-            "name": spare.service.name,
-            "class_name": spare.service.class_name,
-            "gpus": spare.gpus,
-            "target": spec["target"],
-            "path": spec.get("path") or [],
-            "cwd": spec.get("cwd"),
-            "trusted": spare.service.init_trusted,
-        }
-        worker.post([WARM, fields])
+        worker.post([WARM, {**spare.service.source, "gpus": spare.gpus}])
         self._state.deliver(worker)
 
     def warmed(self, worker: Worker, now: float) -> None:
@@ -224,7 +214,7 @@ class Spares:
             for gpu in launch.gpus:
                 state.slots[gpu] = f"{service.spares_name}.{rank}"
             label = f"{service.class_name}/spare.{rank}"
-            state.actions.append(LaunchAction(launch.id, launch.gpus, label))
+            state.actions.append(LaunchAction(launch.id, launch.gpus, label, service.preload))
         state.deadlines.add(now + service.config.start_timeout_s, Kind.SPARE, (service.id, spare.number))
 
     def _wait(self, service: Service, why: str) -> None:

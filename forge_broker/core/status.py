@@ -86,6 +86,11 @@ def service_state(service: Service, now: float) -> dict[str, Any]:
         "stopping": service.stopping is not None,
         "replicas": [_replica_state(replica) for replica in service.replicas.values()],
         "spares": spares(service),
+        "preload": {
+            "wanted": service.config.preload,
+            "ready": service.preload_ready,
+            "why": service.preload_why,
+        },
         "queues": dict(queues),
         "batches": _batches(service),
         "active_sessions": sorted(shown),

@@ -35,6 +35,7 @@ from forge_broker.core.actions import (
     Send,
     Sweep,
     Unlink,
+    Unload,
     Watch,
 )
 from forge_broker.core.broker import Broker
@@ -160,6 +161,7 @@ class Server:
         assert self._scaler is not None
         broker, poller = self._broker, self._poller
         self._others.register(wake.fileno(), selectors.EVENT_READ)
+        self._others.register(self._scaler.fileno(), selectors.EVENT_READ)
         if self._owner is not None:
             self._others.register(self._owner, selectors.EVENT_READ)
         others = self._others.fileno()
@@ -202,8 +204,11 @@ class Server:
         assert self._scaler is not None
         if descriptor == wake.fileno():
             wake.recv(4096)
-            for ended in self._scaler.reap():
-                self._event(ended, now)
+            for told in self._scaler.reap():
+                self._event(told, now)
+        elif descriptor == self._scaler.fileno():
+            for told in self._scaler.attend():
+                self._event(told, now)
         elif descriptor == self._owner:
             if not os.read(descriptor, 4096):
                 self._others.unregister(descriptor)
@@ -251,13 +256,15 @@ class Server:
             elif isinstance(action, Watch):
                 self._watch(action, now)
             elif isinstance(action, Launch):
-                failed = self._scaler.launch(action)
-                if failed is not None:
-                    self._event(failed, now)
+                for told in self._scaler.launch(action):
+                    self._event(told, now)
+            elif isinstance(action, Unload):
+                self._scaler.unload(action.service)
             elif isinstance(action, Label):
                 self._scaler.label(action)
             elif isinstance(action, Kill):
-                self._scaler.kill(action.launch)
+                for told in self._scaler.kill(action.launch):
+                    self._event(told, now)
             elif isinstance(action, KillPeer):
                 self._kill_peer(action.name)
             elif isinstance(action, Look):

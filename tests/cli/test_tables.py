@@ -253,3 +253,12 @@ def test_spares_are_told_with_their_service_and_their_processes_and_why_there_ar
     assert "1 of 2 spares ready" in text
     assert "spare of gen" in text
     assert "gen has fewer spares than wanted: the last one failed: no torch\n    Traceback" in text
+
+
+def test_a_service_says_whether_its_workers_are_forked_and_why_not() -> None:
+    """X2."""
+    forked = service(preload={"wanted": True, "ready": True, "why": ""})
+    started = service(preload={"wanted": True, "ready": False, "why": "its import started threads: pool"})
+    assert "preloaded" in shown(status_page(status(forked), "ipc:///b.sock"), 120)
+    text = shown(status_page(status(started), "ipc:///b.sock"), 120)
+    assert "gen is not preloaded: its import started threads: pool" in text

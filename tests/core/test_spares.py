@@ -1,11 +1,12 @@
-"""Warm spares (X2): who takes them, how they give way, what becomes of those that fail; their GPUs are nobody else's meanwhile."""
+"""Fast starts (X2). Warm spares: who takes them, how they give way, what becomes of those that fail; their GPUs are nobody else's
+meanwhile. Preloading: which launches are forked."""
 
 from __future__ import annotations
 
 import pytest
 
-from forge_broker.core.actions import Exit, Kill, Label, Launch
-from forge_broker.core.events import LaunchEnded, Terminate
+from forge_broker.core.actions import Exit, Kill, Label, Launch, Unload
+from forge_broker.core.events import LaunchEnded, Preloaded, Terminate
 from forge_broker.core.workers import WorkerState
 from forge_contract.errors import ConfigError
 from forge_contract.messages import ASSIGN, BYE, NOTICE, REFUSE, STOP, UNREADY, WARM, WARMED
@@ -240,3 +241,31 @@ def test_spares_are_for_one_machine() -> None:
     """A3."""
     with pytest.raises(ConfigError, match="warm_spares=1 wait on the broker's machine"):
         Bench().client().deploy(hosts=2, warm_spares=1)
+
+
+def test_workers_are_forked_until_the_scaler_says_that_they_cannot_be() -> None:
+    """X2: which it decides by what the import did; from then on they are launched as any, and everybody can see why."""
+    bench = Bench()
+    client = bench.client()
+    client.deploy(preload=True, warm_spares=1, with_gpus=False)
+    (first,) = bench.of(Launch)
+    assert first.preload is not None
+    assert (first.preload.source["target"], first.preload.on_gpus) == ({"ref": "module:Echo"}, False)
+    bench.handle(Preloaded(bench.service().id, ""))
+    worker = bench.worker(launch=first.launch)
+    worker.ready()
+    assert client.ask("state", service="Echo")["preload"] == {"wanted": True, "ready": True, "why": ""}
+    (spare,) = bench.of(Launch)
+    assert spare.preload == first.preload
+    bench.handle(Preloaded(bench.service().id, "its import started threads: pool"))
+    told = client.ask("state", service="Echo")["preload"]
+    assert told == {"wanted": True, "ready": False, "why": "its import started threads: pool"}
+    bench.handle(LaunchEnded(spare.launch, "signal SIGKILL", []))
+    bench.advance(0.0)
+    (again,) = bench.of(Launch)
+    assert again.preload is None
+    client.control("stop", service="Echo")
+    for launch in (again.launch, worker.launch):
+        assert not bench.of(Unload)
+        bench.handle(LaunchEnded(launch, "signal SIGKILL", []))
+    assert bench.of(Unload)
