@@ -170,7 +170,7 @@ def encode(
     packed: bytes = b"",
     large: Sequence[Frame] = (),
 ) -> list[Frame]:
-    return [_pack([VERSION, sender, epoch, incarnation, number, ack, body]), packed, *large]
+    return [_pack([VERSION, sender, epoch, incarnation, number, ack, body, packed]), *large]
 
 
 def weigh(frames: Iterable[Frame]) -> int:
@@ -191,8 +191,8 @@ def _wrong_header(header: Any) -> ProtocolError | VersionMismatch:
         return ProtocolError("a header that is no array")
     if header[0] != VERSION:
         return VersionMismatch(ours=VERSION, theirs=header[0] if isinstance(header[0], int) else "something else")
-    if len(header) != 7:
-        return ProtocolError(f"a header of {len(header)} fields instead of 7")
+    if len(header) != 8:
+        return ProtocolError(f"a header of {len(header)} fields instead of 8")
     if not (isinstance(header[1], str) and 0 < len(header[1]) <= 64):
         return ProtocolError("a sender that is no name")
     name, limit = next(
@@ -204,12 +204,12 @@ def _wrong_header(header: Any) -> ProtocolError | VersionMismatch:
 
 
 def decode(frames: Sequence[Frame]) -> Envelope:
-    """Read an envelope. The first two frames are bytes, the others whatever the socket gave.
+    """Read an envelope. The first frame is bytes, the others whatever the socket gave.
 
     Raises ProtocolError for what is no envelope, VersionMismatch for one of another version.
     """
-    if len(frames) < 2:
-        raise ProtocolError(f"an envelope has at least 2 frames, this has {len(frames)}")
+    if not frames:
+        raise ProtocolError("an envelope without a frame")
     head = frames[0]
     try:
         header = msgpack.unpackb(head, use_list=True, strict_map_key=False, raw=False)
@@ -221,7 +221,7 @@ def decode(frames: Sequence[Frame]) -> Envelope:
     ) as error:  # TypeError: a map with an array as key
         raise ProtocolError(f"a header that is no msgpack: {error}") from error
     try:
-        version, sender, epoch, incarnation, number, ack, body = header
+        version, sender, epoch, incarnation, number, ack, body, packed = header
         _in_range(epoch, incarnation, number, ack)
     except (TypeError, ValueError, struct.error):
         raise _wrong_header(header) from None
@@ -233,6 +233,8 @@ def decode(frames: Sequence[Frame]) -> Envelope:
         and number >= 0 <= ack
     ):
         raise _wrong_header(header)
+    if type(packed) is not bytes:
+        raise ProtocolError("packed payloads that are no bytes")
     if not isinstance(body, list) or len(body) > MAX_MESSAGES:
         raise ProtocolError("a body that is no array of messages, or too long a one")
     for message in body:
@@ -240,4 +242,4 @@ def decode(frames: Sequence[Frame]) -> Envelope:
             raise ProtocolError("a message that is no array with its type first")
         if message[0] not in _FLAT and not _is_shallow(message, MAX_DEPTH):
             raise ProtocolError(f"a message nested deeper than {MAX_DEPTH}")
-    return Envelope(sender, epoch, incarnation, number, ack, body, Payloads(frames[1], frames[2:]))
+    return Envelope(sender, epoch, incarnation, number, ack, body, Payloads(packed, frames[1:]))

@@ -53,7 +53,7 @@ def dealer_socket(address: str, max_message_bytes: int) -> zmq.Socket[bytes]:
 class Dealer:
     """One connection of this process to a broker, on the running event loop (asyncio's or uvloop's).
 
-    `receive(frames)` is called for every envelope: its first two frames are bytes, further ones memoryviews of what
+    `receive(frames)` is called for every envelope: its first frame is bytes, further ones are memoryviews of what
     zmq received, uncopied. `turn()` follows once the socket is empty, or after `ENVELOPES_A_TURN`. `reconnected()` is
     called when a connection was made anew (everything in the old one's pipes is lost), `disconnected()` when it broke;
     the socket connects again by itself, for ever.
@@ -150,12 +150,9 @@ class Dealer:
                     break
                 # A zmq frame knows whether more follow; asking the socket for it costs as much as receiving.
                 frames: list[Frame] = [frame.bytes]
-                if frame.more:
+                while frame.more:
                     frame = recv(_NOBLOCK, copy=False)
-                    frames.append(frame.bytes)
-                    while frame.more:
-                        frame = recv(_NOBLOCK, copy=False)
-                        frames.append(frame.buffer)
+                    frames.append(frame.buffer)
                 receive(frames)
                 if self.closed:
                     return

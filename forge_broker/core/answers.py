@@ -6,18 +6,48 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Final
+
 import msgpack
 
 from forge_broker.core.clients import Client
 from forge_broker.core.requests import Gather, Request
 from forge_broker.core.services import Endpoint, Replay
 from forge_broker.core.state import State
-from forge_contract.errors import ForgeError, Overloaded
+from forge_contract.errors import (
+    CallCancelled,
+    CallTimeout,
+    ForgeError,
+    NoHealthyReplicas,
+    OutcomeUnknown,
+    Overloaded,
+    PoisonedRequest,
+    ReplicaLost,
+)
 from forge_contract.framing import Payload
-from forge_contract.messages import FAILED, OK, PARTS, SEQUENCE_MASK, sequence_of
+from forge_contract.messages import FAILED, OK, PARTS, RAISED, SEQUENCE_MASK, sequence_of
 
 Part = tuple[int, Payload, bool]
 """Status, payload, trusted."""
+
+ANSWERED: Final = {OK: "ok", RAISED: "raised", FAILED: "failed"}
+"""How a call ended that a replica answered, as its endpoint counts it."""
+
+_OUTCOMES_BY_ERROR: Final[dict[type[ForgeError], str]] = {
+    CallCancelled: "cancelled",
+    CallTimeout: "timed_out",
+    NoHealthyReplicas: "no_replicas",
+    OutcomeUnknown: "lost",
+    Overloaded: "overloaded",
+    PoisonedRequest: "poisoned",
+    ReplicaLost: "lost",
+}
+
+
+def outcome_of(error: ForgeError) -> str:
+    """How a call ended that the broker answered itself."""
+    return _OUTCOMES_BY_ERROR.get(type(error), "refused")
 
 
 class Run:
@@ -39,8 +69,10 @@ class Answers:
     def __init__(self, state: State) -> None:
         self._state = state
 
-    def reject(self, client: Client, sequence: int, error: ForgeError) -> None:
-        """Answered before it was accepted: it was never in our books."""
+    def reject(self, client: Client, sequence: int, error: ForgeError, endpoint: Endpoint | None = None) -> None:
+        """Answered before it was accepted: it was never in our books. `endpoint`: whose call it would have been, where there is one."""
+        if endpoint is not None:
+            endpoint.stats.outcomes[outcome_of(error)] += 1
         client.add_results([sequence], [FAILED], [packed(error)], True)
         self._state.deliver(client)
 
@@ -50,14 +82,16 @@ class Answers:
         limit = endpoint.service.config.max_queued_requests
         return Overloaded(what=endpoint.full_name, limit_name="max_queued_requests", limit=limit, retry_after_s=0.5)
 
-    def answer(self, call: Request | Gather, status: int, payload: Payload, trusted: bool) -> None:
-        """The one reply of this call; of a part of a fan-out, that part."""
+    def answer(
+        self, call: Request | Gather, status: int, payload: Payload, trusted: bool, outcome: str | None = None
+    ) -> None:
+        """The one reply of this call; of a part of a fan-out, that part. `outcome`: what it counts as, where the status does not say."""
         if type(call) is Request and call.gather is not None:
             idx = next(idx for idx, child in call.gather.children.items() if child is call)
             self.gathered(call.gather, idx, {(idx, 0): (status, payload, trusted)})
             return
         client: Client = call.client
-        self.settle(call, client)
+        self.settle(call, client, outcome or ANSWERED[status])
         client.add_results([call.id & SEQUENCE_MASK], [status], [payload], trusted)
         if not client.delivering:
             self._state.deliver(client)
@@ -73,7 +107,7 @@ class Answers:
 
     def fail(self, call: Request | Gather, error: ForgeError) -> None:
         """Answer with one of our own errors."""
-        self.answer(call, FAILED, packed(error), True)
+        self.answer(call, FAILED, packed(error), True, outcome_of(error))
 
     def gathered(self, gather: Gather, idx: int, points: dict[tuple[int, int], Part]) -> None:
         gather.parts.update(points)
@@ -90,7 +124,7 @@ class Answers:
         client: Client = call.client
         points = sorted(parts)
         found = [parts[point] for point in points]
-        self.settle(call, client)
+        self.settle(call, client, _worst(status for status, _, _ in found))
         client.post(
             [
                 PARTS,
@@ -103,8 +137,9 @@ class Answers:
         )
         self._state.deliver(client)
 
-    def settle(self, call: Request | Gather, client: Client) -> None:
-        """Out of the books: it is answered."""
+    def settle(self, call: Request | Gather, client: Client, outcome: str) -> None:
+        """Out of the books: it is answered, or nobody waits for it any more."""
+        call.endpoint.stats.outcomes[outcome] += 1
         del client.calls[call.id]
         client.answered += 1
         client.held_bytes -= call.size
@@ -112,6 +147,11 @@ class Answers:
         if type(call) is Gather and call.endpoint.replay_last:
             call.endpoint.service.open_replays -= 1
             self._state.replayed.add(call.endpoint.service)
+
+
+def _worst(statuses: Iterable[int]) -> str:
+    """A call of several parts is ok when all of them are."""
+    return ANSWERED[max(statuses, default=OK)]
 
 
 def packed(error: ForgeError) -> bytes:

@@ -246,7 +246,7 @@ class Broker:
             state.counters["wrong_trust"] += 1
             return
         try:
-            if len(frames) > 2 and (link is None or link.unshared is not None) and any(map(is_handle, frames[2:])):
+            if len(frames) > 1 and (link is None or link.unshared is not None) and any(map(is_handle, frames[1:])):
                 raise ProtocolError("a handle to shared memory from a peer that has none with us")
             if envelope.number:
                 self._numbered(route, link, envelope, now)

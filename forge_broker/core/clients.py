@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from forge_broker.core.links import Link
+from forge_broker.core.queues import Queue
 from forge_broker.core.requests import Gather, Request, Slice
 from forge_contract.framing import Payload
 from forge_contract.messages import RESULTS, Message
@@ -41,19 +42,28 @@ class Client(Link):
         self.sessions: set[Any] = set()  # services.Session; that end with it
 
     def call(self, key: int) -> Request | Gather | None:
-        """One of `calls`, by itself."""
+        """One of `calls`, by itself; of one that waits in a Slice, what is shown for it."""
         call = self.calls.get(key)
         if type(call) is Slice:
+            if isinstance(call.holder, Queue):
+                return call.show(key)
             call.split()
             call = self.calls[key]
         return call  # type: ignore[return-value]  # split, it is no Slice any more
 
     def open_calls(self) -> list[Request | Gather]:
         """All of `calls`, each by itself."""
-        for call in set(self.calls.values()):
-            if type(call) is Slice:
+        found: list[Request | Gather] = []
+        for call in dict.fromkeys(self.calls.values()):
+            if type(call) is not Slice:
+                found.append(call)  # type: ignore[arg-type]  # no Slice
+            elif isinstance(call.holder, Queue):
+                found += call.shown()
+            else:
+                left = list(call.left)
                 call.split()
-        return list(self.calls.values())  # type: ignore[arg-type]  # none is a Slice any more
+                found += [self.calls[key] for key in left]  # type: ignore[misc]  # Requests now
+        return found
 
     def add_results(self, sequences: list[int], statuses: list[int], payloads: list[Payload], trusted: bool) -> None:
         group = self._results(trusted)

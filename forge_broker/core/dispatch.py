@@ -10,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from itertools import groupby
 from math import inf
-from operator import attrgetter
 from typing import Any
 
 from forge_broker.core.answers import Answers
 from forge_broker.core.batcher import Lane, next_of
-from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import ALONE, Replica
@@ -288,10 +286,17 @@ class Dispatch:
         self._state.story.tell(now, show_request(request.id), f"router {router!r} {why}")
         return RouterError(router=repr(router), endpoint=endpoint.full_name, why=why)
 
-    def _dispatch_mixed(self, requests: list[Request], replica: Replica, now: float) -> None:
-        """Those of a queue that endpoints share, in order."""
-        for _, some in groupby(requests, attrgetter("endpoint")):
-            self._dispatch(list(some), replica, now)
+    def _dispatch_mixed(self, held: list[Any], replica: Replica, now: float) -> None:
+        """What a queue gave, Requests and Slices, in order. Endpoints may share it."""
+        if len(held) == 1 and type(held[0]) is Slice:
+            self.slice(held[0], replica, now)
+            return
+        for (kind, _), some in groupby(held, _kind):
+            if kind is Slice:
+                for one in some:
+                    self.slice(one, replica, now)
+            else:
+                self._dispatch(list(some), replica, now)
 
     def _dispatch(self, requests: list[Request], replica: Replica, now: float) -> None:
         """Calls of one endpoint to a replica with room for them; the books are kept once for all."""
@@ -329,29 +334,20 @@ class Dispatch:
             replica.hang_watches.add(endpoint.id)
             self._state.deadlines.add(now + limit_s, Kind.HANG, (replica, endpoint))
 
-    def slice(
-        self,
-        ids: list[int],
-        sizes: list[int],
-        packed: bytes,
-        client: Client,
-        endpoint: Endpoint,
-        replica: Replica,
-        now: float,
-        *,
-        shape: int | None = None,
-    ) -> None:
-        """New calls with nothing but small arguments to a replica of one rank with room for them, held as one (C2). `shape`: they are a
-        batch, of calls of that shape."""
+    def slice(self, one: Slice, replica: Replica, now: float, *, shape: int | None = None) -> None:
+        """Calls held as one (C2), by nobody as yet, to a replica of one rank with room for them. `shape`: they are a batch, of calls of
+        that shape."""
         state = self._state
-        held = state.ledger.held[replica.key]
-        one = Slice(ids, sizes, packed, client, endpoint, replica, held, now)
+        client, endpoint = one.client, one.endpoint
+        ids, sizes, packed = one.columns()
+        one.holder, one.held = replica, state.ledger.held[replica.key]
+        one.started_at = now
         room = len(ids)
         if shape is not None:
             one.batch, one.batching = Batch(room), (shape, None, 1.0)
             room = 1
         stands = dict.fromkeys(ids, one)
-        held.update(stands)
+        one.held.update(stands)
         client.calls.update(stands)
         if endpoint.hang_timeout_s is not None:
             self.watch(replica, endpoint, now)
@@ -445,3 +441,7 @@ class Dispatch:
             for replica in service.replicas.values()
         ]
         return NoHealthyReplicas(service=service.name, waited_s=waited_s, replicas=doing)
+
+
+def _kind(one: Request | Slice) -> tuple[type, Endpoint]:
+    return type(one), one.endpoint

@@ -68,7 +68,7 @@ class Endings:
         """The client is gone: nobody waits for any of its calls."""
         for call in client.open_calls():
             self._let_go_all(call, now)
-            self._answers.settle(call, client)
+            self._answers.settle(call, client, "abandoned")
         self._sessions.close_all(list(client.sessions), "its client is gone", now)
 
     def _let_go(self, request: Request, now: float) -> None:

@@ -12,7 +12,7 @@ Route = tuple[int, bytes]
 
 
 class Received(NamedTuple):
-    """An envelope came in. `frames` without the routing id: header, packed, large ones."""
+    """An envelope came in. `frames` without the routing id: header, large ones."""
 
     route: Route
     frames: list[Any]

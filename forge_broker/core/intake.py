@@ -17,7 +17,7 @@ from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import LEAVING
 from forge_broker.core.replies import Replies
-from forge_broker.core.requests import Gather, Request
+from forge_broker.core.requests import Gather, Request, Slice
 from forge_broker.core.returns import Returns
 from forge_broker.core.services import Endpoint, Service
 from forge_broker.core.state import State
@@ -54,9 +54,8 @@ class Intake:
         if endpoint is None or error is not None:
             payloads.take_all(sizes)
             for sequence in sequences:
-                self._answers.reject(
-                    client, sequence, error or UnknownService(name=f"of endpoint {endpoint_id}", known=[])
-                )
+                unknown = UnknownService(name=f"of endpoint {endpoint_id}", known=[])
+                self._answers.reject(client, sequence, error or unknown, endpoint)
             return
         if not sequences:
             return
@@ -64,11 +63,18 @@ class Intake:
         client.last_sequence = max(client.last_sequence, *sequences)
         if new and min(sizes) >= 0 and self._held_as_one(endpoint, columns):
             packed = payloads.take_packed(sizes)
-            shape = columns.get("shape") or 0
-            routed, routed_bytes = self._slices(client, endpoint, sequences, sizes, packed, shape, now)
-            if routed == len(sequences):
+            at = start = 0
+            if self._leave_at_once(endpoint):
+                shape = columns.get("shape") or 0
+                at, start = self._slices(client, endpoint, sequences, sizes, packed, shape, now)
+                if at == len(sequences):
+                    return
+                sequences, sizes, packed = sequences[at:], sizes[at:], packed[start:]
+            limit = endpoint.service.config.max_queued_requests
+            if endpoint.batcher is None and endpoint.queue.length + len(sequences) <= limit:
+                self._wait_as_one(client, endpoint, sequences, sizes, packed, now)
                 return
-            sequences, sizes, payloads = sequences[routed:], sizes[routed:], Payloads(packed[routed_bytes:], ())
+            payloads = Payloads(packed, ())
         self._one_by_one(client, endpoint, sequences, payloads.take_all(sizes), columns, now)
 
     def _one_by_one(
@@ -103,7 +109,8 @@ class Intake:
                     request.batching = batching(columns, at)
                 if request.rank is not None and not 0 <= request.rank < endpoint.service.config.world:
                     why = f"rank {request.rank} of a mesh of {endpoint.service.config.world}"
-                    self._answers.reject(client, sequence, BadCall(endpoint=endpoint.full_name, why=why))
+                    bad = BadCall(endpoint=endpoint.full_name, why=why)
+                    self._answers.reject(client, sequence, bad, endpoint)
                     continue
                 if timeout is not None:
                     self._set_deadline(request, timeout[at] if isinstance(timeout, list) else timeout, now)
@@ -111,7 +118,8 @@ class Intake:
                 claimed.append((request, claim))
             elif repeated and endpoint.at_most_once:
                 why = "the broker died, and nobody says that it ran"
-                self._answers.reject(client, sequence, OutcomeUnknown(endpoint=endpoint.full_name, why=why))
+                unknown = OutcomeUnknown(endpoint=endpoint.full_name, why=why)
+                self._answers.reject(client, sequence, unknown, endpoint)
                 continue
             elif request.session is None:
                 stateless.append(request)
@@ -134,20 +142,40 @@ class Intake:
         self._dispatch.pump(service, now)
 
     def _held_as_one(self, endpoint: Endpoint, columns: dict[str, Any]) -> bool:
-        """Whether calls of this endpoint may leave at once and whole: they have nothing but arguments, nobody waits before them, there is
-        room, and a share for each replica rather than a choice for each call."""
-        service = endpoint.service
-        batcher = endpoint.batcher
-        if columns and (batcher is None or columns.keys() != {"shape"} or type(columns["shape"]) is not int):
+        """Whether calls of this endpoint may be held as one: they have nothing but arguments, and there is a share for each replica rather
+        than a choice for each call."""
+        if endpoint.queue.deal is None or endpoint.service.config.world > 1:
             return False
-        return bool(
-            endpoint.queue.deal is not None
-            and not service.ready
-            and not endpoint.queue.length
-            and service.pool.roomy
-            and service.config.world == 1
-            and (batcher is None or (not batcher.length and batcher.max_weight >= batcher.size))
+        batcher = endpoint.batcher
+        if batcher is None:
+            return not columns
+        # In a lane calls wait one by one; so these are the ones that need not wait for company.
+        return (
+            (not columns or (columns.keys() == {"shape"} and type(columns["shape"]) is int))
+            and not batcher.length
+            and batcher.max_weight >= batcher.size
+            and self._leave_at_once(endpoint)
         )
+
+    def _leave_at_once(self, endpoint: Endpoint) -> bool:
+        """Whether nobody waits before new calls of this endpoint, and there is room."""
+        service = endpoint.service
+        return bool(not service.ready and not endpoint.queue.length and service.pool.roomy)
+
+    def _wait_as_one(
+        self, client: Client, endpoint: Endpoint, sequences: list[int], sizes: list[int], packed: bytes, now: float
+    ) -> None:
+        """Accept these, and have them wait, held as one (C2)."""
+        base = request_id(client.id, 0)
+        ids = [base + sequence for sequence in sequences]
+        one = Slice(ids, sizes, packed, client, endpoint, now)
+        client.calls.update(dict.fromkeys(ids, one))
+        client.accepted += len(ids)
+        client.held_bytes += len(packed)
+        self._state.held_bytes += len(packed)
+        endpoint.queue.push_slice(one)
+        endpoint.service.wake(endpoint.queue)
+        self._dispatch.pump(endpoint.service, now)
 
     def _slices(
         self,
@@ -173,7 +201,8 @@ class Intake:
                 share = sizes[at:end]
                 stop = start + sum(share)
                 kind = None if batcher is None else shape
-                self._dispatch.slice(ids, share, packed[start:stop], client, endpoint, replica, now, shape=kind)
+                one = Slice(ids, share, packed[start:stop], client, endpoint, now)
+                self._dispatch.slice(one, replica, now, shape=kind)
                 at, start = end, stop
             if batcher is not None:
                 batcher.stats.left("size", batcher.size, 0.0, count)
@@ -244,14 +273,15 @@ class Intake:
         error = self._refusal(client, endpoint)
         key = request_id(client.id, sequence)
         if endpoint is None or error is not None:
-            self._answers.reject(client, sequence, error or UnknownService(name=f"of endpoint {endpoint_id}", known=[]))
+            unknown = UnknownService(name=f"of endpoint {endpoint_id}", known=[])
+            self._answers.reject(client, sequence, error or unknown, endpoint)
             return
         if key in client.calls:
             state.counters["reused_ids"] += 1
             return
         service = endpoint.service
         if any(replica.parked.length >= service.config.max_queued_requests for replica in service.pool):
-            self._answers.reject(client, sequence, self._answers.overloaded(endpoint))
+            self._answers.reject(client, sequence, self._answers.overloaded(endpoint), endpoint)
             return
         size = len(payload) if type(payload) is bytes else weigh(payload)
         gather = Gather(key, client, endpoint, payload, size, now)
@@ -319,13 +349,12 @@ class Intake:
         session = service.sessions.get(request.session or "")
         sequence = sequence_of(request.id)
         if session is None:
-            self._answers.reject(
-                request.client, sequence, UnknownSession(service=service.name, session=request.session)
-            )
+            unknown = UnknownSession(service=service.name, session=request.session)
+            self._answers.reject(request.client, sequence, unknown, request.endpoint)
             return False
         if session.lost:
             error = SessionLost(session=session.id, service=service.name, why=session.lost)
-            self._answers.reject(request.client, sequence, error)
+            self._answers.reject(request.client, sequence, error, request.endpoint)
             return False
         session.used_at = now
         idx = service.pins.get(session.id)
@@ -334,7 +363,8 @@ class Intake:
         if session.suspects:
             queue = service.suspects
         if queue.length >= service.config.max_queued_requests:
-            self._answers.reject(request.client, sequence, self._answers.overloaded(request.endpoint))
+            overloaded = self._answers.overloaded(request.endpoint)
+            self._answers.reject(request.client, sequence, overloaded, request.endpoint)
             return False
         session.unpinned += queue is service.unpinned
         session.suspects += queue is service.suspects

@@ -33,6 +33,7 @@ def _calls(broker: Broker) -> list[str]:
     wrong: list[str] = []
     state = broker.state
     holders: dict[int, list[str]] = {}
+    waiting: set[int] = set()  # slices
     for service in state.services.values():
         for queue in (*service.queues, *(replica.parked for replica in service.replicas.values())):
             counted = queue.counted()
@@ -40,12 +41,15 @@ def _calls(broker: Broker) -> list[str]:
                 wrong.append(f"{queue!r} has {counted}")
             if isinstance(queue, Lane) and queue.length and not queue.waiting and queue.timer_at > queue.flush_at:
                 wrong.append(f"{queue!r} is to be flushed at {queue.flush_at}, and looked at at {queue.timer_at}")
-            for request in queue if counted else ():
-                holders.setdefault(id(request), []).append(queue.name)
-                if request.holder is not queue:
-                    wrong.append(
-                        f"{show_request(request.id)} is in {queue.name} but thinks it is in {request.holder!r}"
-                    )
+            for one in queue.held() if counted else ():
+                if one.holder is not queue:
+                    wrong.append(f"{one!r} is in {queue.name} but thinks it is in {one.holder!r}")
+                if isinstance(one, Slice):
+                    waiting.add(id(one))
+                    if not one.left:
+                        wrong.append(f"a slice without a call is in {queue.name}")
+                else:
+                    holders.setdefault(id(one), []).append(queue.name)
     for key, request_id, one in state.ledger:
         if isinstance(one, Slice):
             if request_id not in one.left or one.client.calls.get(request_id) is not one:
@@ -65,8 +69,12 @@ def _calls(broker: Broker) -> list[str]:
         for key, call in client.calls.items():
             if isinstance(call, Slice):
                 held_bytes += call.left.get(key, 0)
-                if key not in call.left or state.ledger.held[call.holder.key].get(key) is not call:
-                    wrong.append(f"{show_request(key)} is open, but not in its slice, or not in the ledger")
+                if isinstance(call.holder, Queue):
+                    held = id(call) in waiting
+                else:
+                    held = state.ledger.held[call.holder.key].get(key) is call
+                if key not in call.left or not held:
+                    wrong.append(f"{show_request(key)} is open, but not in its slice, which is in {call.holder!r}")
                 continue
             parts: list[Request] = list(call.children.values()) if isinstance(call, Gather) else [call]
             held_bytes += call.size

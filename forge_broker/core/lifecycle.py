@@ -359,6 +359,7 @@ class Lifecycle:
             replica.deaths = 0
         replica.deaths += blame
         replica.restarts += 1
+        service.stats.restarts += 1
         state.note("warning", "replica lost", replica=replica.name, epoch=replica.epoch, why=why, last_lines=last_lines)
         state.story.tell(now, replica.name, f"lost in epoch {replica.epoch}: {why}")
         old = replica.ranks
@@ -507,6 +508,7 @@ class Lifecycle:
             replica.comes_back = False
             replica.move(ReplicaMove.RETURN)
             replica.restarts += 1
+            service.stats.restarts += 1
             self._next_epoch(replica)
             if service.kind == "actor":
                 service.state_epoch += 1

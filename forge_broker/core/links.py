@@ -97,8 +97,8 @@ class Link:
         channel = self.channel
         number = channel.next_number()
         frames = self.outbox.seal(BROKER_NAME, channel.epoch, self.incarnation, number, channel.received)
-        if len(frames) > 2 and self.unshared is not None:
-            frames[2:] = [self.unshared(frame) if is_handle(frame) else frame for frame in frames[2:]]
+        if len(frames) > 1 and self.unshared is not None:
+            frames[1:] = [self.unshared(frame) if is_handle(frame) else frame for frame in frames[1:]]
         channel.keep(frames, weigh(frames), now)
         return frames
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Any
 
-from forge_broker.core.answers import Answers, Run, packed
+from forge_broker.core.answers import ANSWERED, Answers, Run, packed
 from forge_broker.core.clients import Client
 from forge_broker.core.columns import part, read_replies
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.latency import add
 from forge_broker.core.replicas import LEAVING, Replica
 from forge_broker.core.requests import Request, Slice
 from forge_broker.core.returns import Returns
@@ -25,6 +26,7 @@ from forge_contract.framing import Payload, Payloads
 from forge_contract.messages import DROPPED, FAILED, OK, SEQUENCE_MASK, UNTOUCHED, show_request, spread
 
 METRICS_EVERY_S = 1.0
+METRICS_REPLICAS = 100  # with more of them, snapshots are rarer
 
 
 class Ends:
@@ -102,10 +104,15 @@ class Replies:
             [key & SEQUENCE_MASK for key in ids], OK, sizes, payloads.take_packed(sizes), ends.worker.trusted
         )
         self._state.deliver(client)
-        ends.count += len(ids)
-        ends.succeeded += len(ids)
-        ends.latency_s += (now - one.queued_at) * len(ids)
-        ends.room += len(ids) if one.batch is None else one.batch.ended(len(ids))
+        count = len(ids)
+        ran_s = now - one.started_at
+        stats = one.endpoint.stats
+        stats.outcomes["ok"] += count
+        add(stats.latency, ends.replica.stats.latency, count, one.started_at - one.queued_at, ran_s, now)
+        ends.count += count
+        ends.succeeded += count
+        ends.latency_s += (now - one.queued_at) * count
+        ends.room += count if one.batch is None else one.batch.ended(count)
         return True
 
     def _end_each(
@@ -117,6 +124,9 @@ class Replies:
         held = state.ledger.held[replica.key]
         trusted = worker.trusted
         number = worker.channel.received  # of the envelope that this is in
+        # Most calls of an envelope came, left and ended alike; those in a row are counted together, `first` standing for them.
+        first: Request | None = None
+        alike = ended = 0
         for key, attempt, status, payload in zip(ids, attempts, statuses, taken, strict=True):
             request = state.ledger.one(replica, key)
             if request is None or request.attempt != attempt:
@@ -155,9 +165,32 @@ class Replies:
                 run.sequences.append(key & SEQUENCE_MASK)
                 run.statuses.append(status)
                 run.payloads.append(payload)
+                if (
+                    first is not None
+                    and request.started_at == first.started_at
+                    and request.queued_at == first.queued_at
+                    and status == ended
+                    and request.endpoint is first.endpoint
+                ):
+                    alike += 1
+                    continue
+                if first is not None:
+                    first.endpoint.stats.outcomes[ANSWERED[ended]] += alike
+                    self._timed(first, replica, alike, now)
+                first, ended, alike = request, status, 1
             else:
+                if status != DROPPED:  # its outcome is counted by who answers it
+                    self._timed(request, replica, 1, now)
                 self.ended(request, replica, status, payload, trusted)
                 worker.unsettled.append((number, request, 0))
+        if first is not None:
+            first.endpoint.stats.outcomes[ANSWERED[ended]] += alike
+            self._timed(first, replica, alike, now)
+
+    def _timed(self, one: Request, replica: Replica, count: int, now: float) -> None:
+        """So many calls like this one have run until now."""
+        waited_s, ran_s = one.started_at - one.queued_at, now - one.started_at
+        add(one.endpoint.stats.latency, replica.stats.latency, count, waited_s, ran_s, now)
 
     def _next_client(self, ends: Ends, client: Client) -> None:
         """The replies from here on are another client's."""
@@ -193,7 +226,8 @@ class Replies:
                 replica.pool.close(replica, LEAVING)  # its worker is leaving: what it got now would come back at once
             self._returns.take_back(replica, untouched, f"{replica.name} gave it back", now, lost=False)
         if service.watchers and not service.metrics_at:
-            service.metrics_at = now + METRICS_EVERY_S
+            # A snapshot grows with the replicas: so many bytes a second at most, however many there are.
+            service.metrics_at = now + METRICS_EVERY_S * max(1.0, len(service.replicas) / METRICS_REPLICAS)
             state.deadlines.add(service.metrics_at, Kind.METRICS, service.id)
         if replica.parked.length:
             service.wake(replica.parked)

@@ -9,6 +9,7 @@ replica has really ended it, because only then is the room free (F5).
 from __future__ import annotations
 
 import enum
+from itertools import accumulate, islice
 from typing import Any, Final
 
 from forge_contract.framing import Payload
@@ -145,16 +146,22 @@ class Batch:
 
 
 class Slice:
-    """Calls of one envelope that went one way, held as one (C2): of one client to one endpoint, in flight on one replica for the first
-    time, with nothing but small arguments; or a batch of such calls, with `batching` as its Requests would have it. A Slice stands for
-    each of them in `Client.calls` and in the ledger; who needs one of them by itself splits it first (`Client.call`, `Ledger.of`), and
-    they are Requests from then on.
+    """Calls of one envelope that go one way, held as one (C2): of one client to one endpoint, with nothing but small arguments, never tried
+    before. It waits in its endpoint's queue, or is in flight on one replica; in flight it may be a batch of such calls, with `batching` as
+    its Requests would have it. A Slice stands for each of them in `Client.calls`, and in the ledger.
+
+    Who needs one in flight by itself splits it first (`Client.call`, `Ledger.of`): they are Requests from then on. One that waits is not
+    split for that, as a queue has no places between: it gives Requests that are `shown` for its calls and in no book, by which they can be
+    looked at, answered, and taken out of the queue.
     """
 
     __slots__ = (
+        "_at",
         "_ids",
         "_packed",
         "_sizes",
+        "_start",
+        "_starts",
         "batch",
         "batching",
         "client",
@@ -163,42 +170,81 @@ class Slice:
         "holder",
         "left",
         "queued_at",
+        "started_at",
     )
 
     session: None = None  # calls of sessions are Requests
+    attempt = 0  # while it waits
 
-    def __init__(
-        self,
-        ids: list[int],
-        sizes: list[int],
-        packed: bytes,
-        client: Any,
-        endpoint: Any,
-        holder: Any,
-        held: dict[int, Request | Slice],
-        now: float,
-    ) -> None:
+    def __init__(self, ids: list[int], sizes: list[int], packed: bytes, client: Any, endpoint: Any, now: float) -> None:
         self.client = client
         self.endpoint = endpoint
-        self.holder = holder  # the Replica
-        self.held = held  # what the ledger has of it
-        self.queued_at = now  # and dispatched
+        self.holder: Any = None  # the Queue or the Replica that has it
+        self.held: dict[int, Request | Slice] = {}  # what the ledger has of that replica
+        self.queued_at = now
+        self.started_at = 0.0
         self.batch: Batch | None = None
         self.batching: tuple[int, Any, float] | None = None
         self.left = dict(zip(ids, sizes, strict=True))  # not ended: id → bytes of its arguments
         self._ids = ids
         self._sizes = sizes
         self._packed = packed  # all their arguments
+        self._at = 0  # in `_ids` and `_sizes`: those before have been taken
+        self._start = 0  # in `_packed`, the same
+        self._starts: dict[int, int] | None = None  # in `_packed`, by id, once somebody has looked at one by itself
+
+    @property
+    def place(self) -> int:
+        """Its key in a queue: of none of its calls, nor of any other."""
+        return ~self._ids[0]
+
+    def columns(self) -> tuple[list[int], list[int], bytes]:
+        """Ids, sizes and arguments of one that nobody has taken anything of."""
+        return self._ids, self._sizes, self._packed
+
+    def take(self, count: int) -> Slice:
+        """The first `count` of those left, fewer if there are not so many, as one that nobody holds yet. For one that waits."""
+        left, start = self.left, self._start
+        ids = self._ids[self._at : self._at + count]
+        if len(left) == len(self._ids) - self._at:  # none was cancelled
+            sizes = self._sizes[self._at : self._at + count]
+            self._at += count
+            self._start = end = start + sum(sizes)
+            packed = self._packed[start:end]
+        else:
+            ids = list(islice(left, count))
+            sizes = [left[key] for key in ids]
+            packed = b"".join(self._payload(key) for key in ids)
+        for key in ids:
+            del left[key]
+        return Slice(ids, sizes, packed, self.client, self.endpoint, self.queued_at)
+
+    def shown(self) -> list[Request]:
+        """A Request for each that is left, in no book. For one that waits."""
+        return [self.show(key) for key in self.left]
+
+    def show(self, key: int) -> Request:
+        request = Request(key, self.client, self.endpoint, self._payload(key), self.left[key], self.queued_at)
+        request.holder = self.holder
+        return request
+
+    def _payload(self, key: int) -> bytes:
+        starts = self._starts
+        if starts is None:  # looked at for the first time
+            ends = accumulate(self._sizes[self._at :], initial=self._start)
+            starts = self._starts = dict(zip(self._ids[self._at :], ends, strict=False))
+        start = starts[key]
+        return self._packed[start : start + self.left[key]]
 
     def split(self) -> None:
-        """Those that are left, each by itself from now on."""
+        """Those that are left, each by itself from now on. For one in flight."""
         calls = self.client.calls
         at = 0
         for key, size in zip(self._ids, self._sizes, strict=True):
             start, at = at, at + size
             if key in self.left:
                 request = Request(key, self.client, self.endpoint, self._packed[start:at], size, self.queued_at)
-                request.started_at = self.queued_at
+                request.started_at = self.started_at
                 request.attempt = 1
                 request.holder = self.holder
                 request.batch = self.batch

@@ -85,6 +85,7 @@ class Returns:
             elif session is not None and session.lost:
                 self._answers.fail(request, SessionLost(session=session.id, service=service.name, why=session.lost))
             else:
+                request.endpoint.stats.retries += request.attempt > 0
                 if request.deaths == alone:
                     self._state.story.tell(now, show_request(request.id), "a suspect: its next attempt runs alone")
                 queue = self._queue_of(request, session, request.deaths == alone or request.session in held_back)

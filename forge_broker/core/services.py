@@ -14,6 +14,7 @@ from forge_broker.core.batcher import Batcher
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaPool
 from forge_broker.core.requests import Request
+from forge_broker.core.stats import EndpointStats, ServiceStats
 from forge_contract.config import EndpointOptions, ServiceConfig
 from forge_contract.errors import ConfigError, TrustRequired
 from forge_contract.framing import Payload
@@ -38,6 +39,7 @@ class Endpoint:
         "router",
         "service",
         "signature",
+        "stats",
         "takes_hints",
     )
 
@@ -68,6 +70,7 @@ class Endpoint:
                 False  # a session's state is exported after each of its calls: they run one at a time
             )
         self.replay_last: bool = bool(self.options.get("replay_last"))
+        self.stats = EndpointStats()
 
     def __repr__(self) -> str:
         return f"<Endpoint {self.service.name}.{self.name} {self.queue.length} queued>"
@@ -148,6 +151,7 @@ class Service:
         "start_failure",
         "started",
         "state_epoch",
+        "stats",
         "stopping",
         "suspects",
         "unhealthy_since",
@@ -199,6 +203,7 @@ class Service:
         self.spare_why = ""  # why there are fewer than wanted
         self.watchers: set[str] = set()  # clients that get its metrics
         self.metrics_at = 0.0  # when the next snapshot goes out; 0.0: none is due
+        self.stats = ServiceStats()
 
     def __repr__(self) -> str:
         return f"<Service {self.name} {len(self.pool)}/{len(self.replicas)} healthy>"

@@ -308,10 +308,9 @@ class Served:
                 route, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            if len(frames) > 1 and (sender := decode(frames)).body[:1] != [] and sender.body[0][0] != HEARTBEAT:
-                self._routes[sender.sender] = route
-            elif len(frames) > 1 and not decode(frames).body:
-                self._routes[decode(frames).sender] = route
+            envelope = decode(frames)
+            if not envelope.body or envelope.body[0][0] != HEARTBEAT:  # those have a connection of their own
+                self._routes[envelope.sender] = route
             self.broker.take(frames, time.monotonic())
         for name, out in self.broker.sent(time.monotonic()):
             self._socket.send_multipart([self._routes[name], *out], zmq.NOBLOCK)

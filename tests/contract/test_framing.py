@@ -57,17 +57,20 @@ def test_sizes_that_do_not_add_up_are_nonsense(sizes: list[int]) -> None:
     "header",
     [
         [1],
-        [1, "", 1, 1, 1, 1, []],
-        [1, "x" * 65, 1, 1, 1, 1, []],
-        [1, 5, 1, 1, 1, 1, []],
-        [1, "c", 1 << 32, 1, 1, 1, []],
-        [1, "c", -1, 1, 1, 1, []],
-        [1, "c", 1, 1, 1 << 63, 1, []],
-        [1, "c", 1, 1, 1, True, []],
-        [1, "c", 1, 1, 1, 1, {}],
-        [1, "c", 1, 1, 1, 1, [[]]],
-        [1, "c", 1, 1, 1, 1, [["x"]]],
-        [1, "c", 1, 1, 1, 1, [[1]] * (MAX_MESSAGES + 1)],
+        [1, "c", 1, 1, 1, 1, []],
+        [1, "", 1, 1, 1, 1, [], b""],
+        [1, "x" * 65, 1, 1, 1, 1, [], b""],
+        [1, 5, 1, 1, 1, 1, [], b""],
+        [1, "c", 1 << 32, 1, 1, 1, [], b""],
+        [1, "c", -1, 1, 1, 1, [], b""],
+        [1, "c", 1, 1, 1 << 63, 1, [], b""],
+        [1, "c", 1, 1, 1, True, [], b""],
+        [1, "c", 1, 1, 1, 1, {}, b""],
+        [1, "c", 1, 1, 1, 1, [[]], b""],
+        [1, "c", 1, 1, 1, 1, [["x"]], b""],
+        [1, "c", 1, 1, 1, 1, [[1]] * (MAX_MESSAGES + 1), b""],
+        [1, "c", 1, 1, 1, 1, [], "ab"],
+        [1, "c", 1, 1, 1, 1, [], None],
         {},
         5,
     ],
@@ -76,7 +79,7 @@ def test_sizes_that_do_not_add_up_are_nonsense(sizes: list[int]) -> None:
 def test_a_header_that_is_none_is_nonsense(header: Any) -> None:
     """W8, PROTOCOL.md §2."""
     with pytest.raises(ProtocolError):
-        decode([msgpack.packb(header), b""])
+        decode([msgpack.packb(header)])
 
 
 def test_a_message_nested_too_deep_is_nonsense() -> None:
@@ -91,7 +94,7 @@ def test_a_message_nested_too_deep_is_nonsense() -> None:
 def test_another_version_is_told_from_nonsense() -> None:
     """W7: the version is first, so that any version can read it."""
     with pytest.raises(VersionMismatch, match="this side speaks protocol 1, the other 2"):
-        decode([msgpack.packb([2, "whatever"]), b""])
+        decode([msgpack.packb([2, "whatever"])])
 
 
 @given(st.lists(st.binary(max_size=60), max_size=4))

@@ -51,12 +51,12 @@ def test_there_are_examples() -> None:
 @pytest.mark.parametrize(("hexes", "literal"), EXAMPLES)
 def test_an_example_encodes_and_decodes(hexes: str, literal: str) -> None:
     """W7."""
-    frames = [b"" if line == "-" else bytes.fromhex(line) for line in hexes.split()]
+    frames = [bytes.fromhex(line) for line in hexes.split()]
     fields = ast.literal_eval(literal)
-    sender, epoch, incarnation, number, ack, body = fields
-    assert encode(sender, epoch, incarnation, number, ack, body, frames[1], frames[2:]) == frames
+    sender, epoch, incarnation, number, ack, body, packed = fields
+    assert encode(sender, epoch, incarnation, number, ack, body, packed, frames[1:]) == frames
     envelope = decode(frames)
-    assert list(envelope[:6]) == fields
+    assert [*envelope[:6], packed] == fields
     for message in envelope.body:
         sizes = {messages.CALLS: 3, messages.DISPATCH: 6, messages.REPLIES: 5}.get(message[0])
         if sizes is not None:

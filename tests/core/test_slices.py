@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forge_broker.core.requests import Request, Slice
-from forge_contract.errors import CallCancelled
+from forge_contract.errors import CallCancelled, NoHealthyReplicas, Overloaded, ServiceStopped
 from forge_contract.messages import DROP, OK, RAISED, REPLIES, UNTOUCHED
 from tests.core.peers import Bench, ClientPeer, WorkerPeer
 
@@ -38,13 +38,136 @@ def test_plain_calls_of_an_envelope_are_held_as_one_for_each_replica_they_go_to(
     assert bench.state.held_bytes == 0
 
 
-def test_what_finds_no_room_waits_by_itself() -> None:
+def test_what_finds_no_room_waits_as_one_and_leaves_as_there_is_room() -> None:
     """R1: late binding is for each call."""
     bench, client, (worker,), endpoint = Bench().serving(1, replica_max_concurrent_requests=2)
-    client.call(endpoint, b"a", b"b", b"c", b"d")
-    assert kinds(bench, client) == [Slice, Slice, Request, Request]
+    client.call(endpoint, b"a", b"b", b"c", b"dd", b"", b"f")
+    assert kinds(bench, client) == [Slice] * 6
+    assert bench.service().endpoints[0].queue.length == 4
     worker.reply(1)
     assert worker.seen == [b"a", b"b", b"c"]
+    worker.reply()
+    assert worker.seen == [b"a", b"b", b"c", b"dd", b""]
+    worker.reply()
+    worker.reply()
+    assert client.results == {at: (OK, one) for at, one in enumerate([b"a", b"b", b"c", b"dd", b"", b"f"], 1)}
+    assert bench.state.held_bytes == bench.service().endpoints[0].queue.length == 0
+
+
+def full(*waiting: bytes) -> tuple[Bench, ClientPeer, WorkerPeer, int]:
+    """One call runs where there is room for one, and these wait as one behind it."""
+    bench, client, (worker,), endpoint = Bench().serving(1, replica_max_concurrent_requests=1)
+    client.call(endpoint, b"first")
+    client.call(endpoint, *waiting)
+    return bench, client, worker, endpoint
+
+
+def test_one_that_waits_among_others_can_be_looked_at_and_cancelled_and_the_others_stay_in_order() -> None:
+    """F5, C5."""
+    bench, client, worker, endpoint = full(b"a", b"bb", b"c", b"d")
+    assert "waits in Echo.predict, 4 long" in client.ask("explain", subject=f"{client.id:06x}-3")["story"][-1]
+    client.cancel(3, 5)
+    assert isinstance(client.error(3), CallCancelled)
+    for _ in range(3):
+        worker.reply()
+    assert worker.seen == [b"first", b"a", b"c"]
+    client.call(endpoint, b"e")
+    worker.reply()
+    assert worker.seen == [b"first", b"a", b"c", b"e"]
+    assert bench.state.held_bytes == 0
+
+
+def test_when_all_that_wait_as_one_are_cancelled_nothing_is_left_of_them() -> None:
+    """F5."""
+    bench, client, worker, _ = full(b"a", b"b")
+    client.cancel(2, 3)
+    assert bench.service().endpoints[0].queue.length == 0
+    worker.reply()
+    assert worker.seen == [b"first"]
+    assert bench.state.held_bytes == 0
+
+
+def test_a_call_of_higher_priority_goes_before_those_that_wait_as_one() -> None:
+    _bench, client, worker, endpoint = full(b"a", b"b")
+    client.call(endpoint, b"urgent", priority=5)
+    worker.reply()
+    worker.reply()
+    assert worker.seen == [b"first", b"urgent", b"a"]
+
+
+def test_what_comes_back_from_a_lost_replica_goes_before_those_that_wait_as_one() -> None:
+    """F2."""
+    bench, client, (one, two), endpoint = Bench().serving(2, replica_max_concurrent_requests=2)
+    client.call(endpoint, b"a", b"b", b"c", b"d")
+    client.call(endpoint, b"e", b"f")
+    one.die()
+    two.reply()
+    assert two.seen == [b"c", b"d", b"a", b"b"]
+    two.reply()
+    assert two.seen[4:] == [b"e", b"f"]
+    two.reply()
+    assert len(client.results) == 6
+    assert bench.state.held_bytes == 0
+
+
+def test_a_client_that_goes_takes_along_what_waits_as_one() -> None:
+    """F5."""
+    bench, _client, worker, endpoint = full(b"a")
+    other = bench.client()
+    other.call(endpoint, b"b", b"c")
+    bench.handle_gone(other)
+    assert bench.service().endpoints[0].queue.length == 1
+    worker.reply()
+    worker.reply()
+    assert worker.seen == [b"first", b"a"]
+
+
+def test_endpoints_take_turns_though_calls_wait_as_one() -> None:
+    """R1."""
+    bench, client, (worker,), endpoint = Bench().serving(
+        1, replica_max_concurrent_requests=1, endpoints=("predict", "other")
+    )
+    other = endpoint + 1
+    client.call(endpoint, b"first")
+    client.call(endpoint, b"a", b"b", b"c")
+    client.call(other, b"x", b"y")
+    for _ in range(6):
+        worker.reply()
+    assert worker.seen == [b"first", b"a", b"x", b"b", b"y", b"c"]
+    assert bench.state.held_bytes == 0
+
+
+def test_more_than_the_queue_may_hold_is_refused_and_the_rest_waits() -> None:
+    """W8."""
+    bench, client, (worker,), endpoint = Bench().serving(1, replica_max_concurrent_requests=1, max_queued_requests=2)
+    client.call(endpoint, b"a", b"b", b"c", b"d")
+    assert isinstance(client.error(4), Overloaded)
+    client.call(endpoint, b"e")
+    assert isinstance(client.error(5), Overloaded)
+    for _ in range(3):
+        worker.reply()
+    assert worker.seen == [b"a", b"b", b"c"]
+    assert bench.state.held_bytes == 0
+
+
+def test_what_waits_as_one_for_a_service_that_stops_is_told() -> None:
+    bench, client, worker, _ = full(b"a", b"b")
+    client.control("stop", service=bench.service().id)
+    assert isinstance(client.error(2), ServiceStopped)
+    assert isinstance(client.error(3), ServiceStopped)
+    worker.reply()
+    assert client.results[1] == (OK, b"first")
+
+
+def test_what_waits_as_one_gives_up_when_no_replica_comes() -> None:
+    """F8."""
+    bench, client, (worker,), endpoint = Bench().serving(1, no_replica_grace_s=2.0)
+    worker.die()  # and no other says hello
+    client.call(endpoint, b"a", b"b")
+    bench.advance(2.1)
+    assert isinstance(client.error(1), NoHealthyReplicas)
+    assert isinstance(client.error(2), NoHealthyReplicas)
+    assert bench.state.held_bytes == 0
 
 
 @pytest.mark.parametrize("column", [{"timeout": 5.0}, {"priority": 1}, {"hints": {"k": 1}}])

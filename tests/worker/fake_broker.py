@@ -167,8 +167,8 @@ class FakeBroker:
                 self._take()
 
     def _take(self) -> None:
-        identity, head, packed, *large = self._socket.recv_multipart()
-        envelope = decode([head, packed, *large])
+        identity, *frames = self._socket.recv_multipart()
+        envelope = decode(frames)
         now = time.monotonic()
         if envelope.number:
             if self._channel is None or envelope.incarnation != self.incarnation:
