@@ -19,10 +19,13 @@ from typing import Any, Final, Self, TypeVar
 from forge_contract.addresses import check_address
 from forge_contract.errors import ConfigError, did_you_mean
 from forge_contract.routing import make_router
+from forge_contract.scaling import DEFAULT_MOST, Limits, make_policy
 
 Config = TypeVar("Config")
 
 DELIVERIES = ("at_least_once", "at_most_once")
+# Far beyond what anybody runs: a client's slip must not have the broker make a billion of something.
+MOST_REPLICAS: Final = 4096
 
 
 class _Problems(list[str]):
@@ -136,14 +139,23 @@ class AutoscalingConfig:
     max_queue_depth_emergency: float = 20.0  # calls waiting per healthy replica: ignores the cooldowns
     min_healthy_replicas_ratio: float = 0.5  # 0.0 … 1.0; no scale-down below it
 
+    # None: the thresholds above. A `ScalingPolicy`: an instance, class or factory, which goes to the broker by value; or "module:qualname",
+    # which the broker imports. Both only with trust.
+    policy: object = None
+    evaluate_every_s: float = 1.0
+    smoothing_s: float = (
+        10.0  # of queue and load, before they are compared with thresholds; an emergency is not smoothed
+    )
+
     def __post_init__(self) -> None:
         problems = _Problems()
         problems.types(self)
         problems.at_least(self, 1, "scale_up_step_size", "scale_down_step_size")
+        problems.at_least(self, 0.01, "evaluate_every_s")  # more often tells nothing new
         problems.at_least(
             self,
             0.0,
-            *(name for name in field_names(type(self)) if not name.endswith("_size")),
+            *(name for name in field_names(type(self)) if not name.endswith(("_size", "_every_s", "policy"))),
         )
         for name in ("scale_up_capacity_threshold", "scale_down_capacity_threshold", "min_healthy_replicas_ratio"):
             problems.need(getattr(self, name) <= 1.0, f"{name} is a share, at most 1.0, not {getattr(self, name)!r}")
@@ -158,10 +170,22 @@ class AutoscalingConfig:
             self.max_queue_depth_emergency >= self.scale_up_queue_depth_threshold,
             "max_queue_depth_emergency must not be below scale_up_queue_depth_threshold",
         )
+        if isinstance(self.policy, str):
+            problems.need(
+                all(part.replace(".", "_").isidentifier() for part in self.policy.partition(":")[::2]),
+                f"policy must be 'module:qualname', not {self.policy!r:.100}",
+            )
+        elif self.policy is not None:
+            try:
+                make_policy(self.policy)
+            except ConfigError as error:
+                problems.append(f"policy: {error.fields['message']}")
         problems.tell("AutoscalingConfig")
 
     def to_wire(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All but a policy by value, which travels beside this."""
+        fields = {name: getattr(self, name) for name in sorted(field_names(type(self)))}
+        return fields | {"policy": self.policy if isinstance(self.policy, str) else None}
 
 
 @_judging_names
@@ -247,8 +271,9 @@ class ServiceConfig:
             all(isinstance(one, str) for one in self.fatal_errors),
             f"fatal_errors must be names of exceptions, not {self.fatal_errors!r}",
         )
-        # Far beyond what anybody runs: a client's slip must not have the broker make a billion of something.
-        problems.at_most(self, 4096, "procs", "hosts", "num_replicas", "min_replicas", "max_replicas", "warm_spares")
+        problems.at_most(
+            self, MOST_REPLICAS, "procs", "hosts", "num_replicas", "min_replicas", "max_replicas", "warm_spares"
+        )
         problems.at_most(self, 1_000_000, "replica_max_concurrent_requests", "mesh_concurrency")
         problems.at_least(
             self, 0, "num_replicas", "min_replicas", "gpus_per_replica", "no_replica_grace_s", "stop_grace_s"
@@ -299,6 +324,16 @@ class ServiceConfig:
         return 1 if self.min_replicas is None else self.min_replicas
 
     @property
+    def limits(self) -> Limits:
+        """How many replicas there may be. Where min_replicas is not given: 1, or 0 for a service that starts with none. Where max_replicas
+        is not given, the policy may go to `DEFAULT_MOST`, or to twice as many as at the start if that is more; by hand, to any number."""
+        initial = self.initial_replicas
+        least = min(1, initial) if self.min_replicas is None else self.min_replicas
+        unlimited = MOST_REPLICAS if self.autoscaling is None else max(DEFAULT_MOST, min(2 * initial, MOST_REPLICAS))
+        most = unlimited if self.max_replicas is None else self.max_replicas
+        return Limits(min(least, most), most)
+
+    @property
     def world(self) -> int:
         """Ranks of one replica."""
         return self.procs * (self.hosts or 1)
@@ -331,7 +366,8 @@ class ServiceConfig:
         return field_names(cls) | {"default_replicas"}
 
     def to_wire(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = {name: getattr(self, name) for name in sorted(field_names(type(self)))}
+        return fields | {"autoscaling": None if self.autoscaling is None else self.autoscaling.to_wire()}
 
     @classmethod
     def from_wire(cls, fields: Any) -> Self:

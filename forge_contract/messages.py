@@ -43,6 +43,7 @@ SETTLED: Final = 37
 REPLAY: Final = 38
 IMPORT: Final = 39
 FORGET: Final = 40
+RESIZED: Final = 41
 WARM: Final = 42
 
 # Worker to broker.

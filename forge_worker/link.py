@@ -11,6 +11,7 @@ then whatever comes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from itertools import repeat
 from typing import Any, Final, NamedTuple
@@ -29,6 +30,7 @@ from forge_contract.messages import (
     READY,
     REPLAY,
     REPLIES,
+    RESIZED,
     SETTLED,
     STATES,
     STOP,
@@ -320,6 +322,11 @@ class WorkerLink(PeerLink):
             for one in ended:
                 self.sessions.pop(one, None)
             self._instructions.append(Forget(ended))
+        elif kind == RESIZED:
+            _, wanted, resizes = message
+            if self.assignment is not None:
+                deed = {**self.assignment.deed, "wanted": wanted, "resizes": resizes}
+                self.assignment = dataclasses.replace(self.assignment, deed=deed)
         else:
             raise ProtocolError(f"message {kind} to a worker")
 

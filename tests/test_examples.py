@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_A_TIME = 2
+PLOT = Path(tempfile.gettempdir()) / f"autoscale-{os.getpid()}.png"
 BOUND_S = 110.0  # importing torch in ten processes takes long on a machine that is busy with something else
 
 pytestmark = pytest.mark.timeout(2 * BOUND_S + 10)  # an example may have to wait for the one before it
@@ -98,6 +100,18 @@ def test_embed_gives_the_same_vectors_with_and_without_batches_and_finds_lines_b
     scores = [float(score) for score in found]
     assert all(scores[at : at + 3] == sorted(scores[at : at + 3], reverse=True) for at in range(0, 12, 3)), told
     assert max(scores) > 0.3, told
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed (extra `examples`)")
+@example("autoscale.py", "--quick", "--plot", str(PLOT))
+def test_autoscale_grows_for_a_burst_shrinks_after_it_and_loses_no_call(told: str) -> None:
+    """X1, X2: by itself, and says why; what is drawn is a picture."""
+    assert "replicas wanted: 1 → 2 → 1" in told, told
+    assert re.search(r"\+1 → 2 (emergency|queue|capacity): .+", told), told
+    assert "-1 → 1 low: load is low" in told, told
+    assert re.search(r"calls in \d+ s: 0 failed, 0 wrong;", told), told
+    assert PLOT.read_bytes().startswith(b"\x89PNG"), told
+    PLOT.unlink()
 
 
 @example("sessions.py")

@@ -106,6 +106,7 @@ def _services(services: Sequence[Mapping[str, Any]]) -> Table:
     for service in services:
         replicas = service["replicas"]
         healthy = sum(replica["healthy"] for replica in replicas)
+        wanted = service.get("scaling", {}).get("wanted", len(replicas))
         draining = sum(replica["state"] == "DRAINING" for replica in replicas)
         waiting = sum(service["queues"].values()) + sum(replica["queue_size"] for replica in replicas)
         remarks = [
@@ -118,7 +119,7 @@ def _services(services: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             service["name"],
             service["class_name"],
-            Text(f"{healthy} of {len(replicas)}", "green" if healthy == len(replicas) else "yellow"),
+            Text(f"{healthy} of {wanted}", "green" if healthy == wanted else "yellow"),
             _number(waiting),
             _number(service["sessions"]),
             f"{service['request_rate']:.1f}",
@@ -264,6 +265,27 @@ def _lost(workers: Sequence[Mapping[str, Any]]) -> list[Text]:
         silent = f"nothing was heard of it for {duration(worker['silent_s'])}"
         told.append(Text(f"{worker['name']} on {worker['hostname']} is lost: {silent}{gpus}", "yellow"))
     return told
+
+
+def decisions_page(answer: Mapping[str, Any]) -> RenderableType:
+    """`forge why-scale`."""
+    least, most = answer["limits"]
+    by = f"scales by itself ({answer['policy']})" if answer["policy"] else "scales by hand alone"
+    wanted = _count(answer["wanted"], "replica")
+    head = Text(f"{answer['name']} wants {wanted}, {least} to {most} are allowed, and {_printable(by)}", "bold")
+    if not answer["decisions"]:
+        return Group(head, Text("nothing was decided yet", "dim"))
+    table = _table("AGO", "#CHANGE", "#WANTED", "RULE", "WHY")
+    for one in answer["decisions"]:
+        ago = duration(one["last_s"])
+        times = f" ({one['count']:,} times in {duration(one['first_s'] - one['last_s'])})" if one["count"] > 1 else ""
+        change = (
+            Text(f"{one['delta']:+d}", "green" if one["delta"] > 0 else "yellow") if one["delta"] else Text("0", "dim")
+        )
+        reason = Text(_printable(one["reason"]) + times, "" if one["delta"] else "dim")
+        table.add_row(ago, change, _number(one["wanted"]), _printable(one["rule"]), reason)
+    table.columns[-1].no_wrap = False
+    return Group(head, Text(), table)
 
 
 def dead_table(letters: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -58,6 +58,7 @@ from forge_contract.routing import (
     Router,
     SessionRouter,
 )
+from forge_contract.scaling import Decision, Limits, Observation, PolicyState, ScalingPolicy, ThresholdPolicy
 from forge_contract.value_mesh import ValueMesh
 
 __all__ = [
@@ -73,15 +74,19 @@ __all__ = [
     "CallTimeout",
     "ConfigError",
     "ConsistentHashRouter",
+    "Decision",
     "FanoutError",
     "ForgeActor",
     "ForgeError",
     "LeastLoadedRouter",
+    "Limits",
     "NoHealthyReplicas",
+    "Observation",
     "OutcomeUnknown",
     "Overloaded",
     "PayloadTooLarge",
     "PoisonedRequest",
+    "PolicyState",
     "PowerOfTwoRouter",
     "ProtocolError",
     "RemoteError",
@@ -89,6 +94,7 @@ __all__ = [
     "RoundRobinRouter",
     "Router",
     "RouterError",
+    "ScalingPolicy",
     "SerializationError",
     "Service",
     "ServiceConfig",
@@ -100,6 +106,7 @@ __all__ = [
     "SessionLost",
     "SessionRouter",
     "StartFailed",
+    "ThresholdPolicy",
     "TrustRequired",
     "UnknownEndpoint",
     "UnknownService",

@@ -147,6 +147,8 @@ class Binding:
         elif topic == "restarted":
             # Each such notice is a new state, also from a broker that has not counted the earlier ones.
             self.state_epoch = max(int(fields.get("epoch") or 0), self.state_epoch + 1)
+        elif topic == "resized" and self.deed is not None:
+            self.deed[0].update(wanted=fields.get("wanted"), resizes=fields.get("resizes"))
         elif topic == "stopped":
             error = fields.get("error")
             why = f": {from_wire(error)}" if error else ""

@@ -52,6 +52,19 @@ class Service(Handle):
         """End a session. One that has ended already, or never was, is no error."""
         await close_session(await self.bound(), str(session_id))
 
+    # How many it is.
+
+    async def scale(self, replicas: int, *, wait: bool = False) -> None:
+        """Have so many replicas from now on, within `min_replicas` and `max_replicas`; where the service scales by itself, it goes on from
+        there. Those that go finish their calls, and their sessions move.
+
+        `wait`: until all are HEALTHY and the others gone. Raises ConfigError for a number that cannot be; with `wait`, StartFailed
+        when a replica does not get healthy (it is tried again all the same).
+        """
+        binding = await self.bound()
+        fields = {"service": binding.service, "replicas": replicas, "wait": wait}
+        await binding.client.control("scale", fields)
+
     # What it is doing.
 
     async def state(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """A class and its configuration as the broker gets them (PROTOCOL.md §7.1), by reference where that is possible.
 
 By reference is the rule: the worker imports `module:qualname` with the client's import path and working directory.
-What only exists in this process (`__main__`, notebooks, `<locals>`) goes by value, with trust (A9, W6). Custom routers
-always go by value, so that the broker never imports the user's module and torch with it (R4).
+What only exists in this process (`__main__`, notebooks, `<locals>`) goes by value, with trust (A9, W6). Custom routers and scaling
+policies always go by value, so that the broker never imports the user's module and torch with it (R4); but of a policy a name may be given
+instead, which is the broker's to import.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from forge_client.signature import Matcher
 from forge_contract.config import ServiceConfig
 from forge_contract.errors import SerializationError, TrustRequired
 from forge_contract.routing import Router, describe_router, make_router
+from forge_contract.scaling import ScalingPolicy, ThresholdPolicy, make_policy
 
 
 def describe(cls: type[ForgeActor], config: ServiceConfig, kind: str, *, trusted: bool) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def describe(cls: type[ForgeActor], config: ServiceConfig, kind: str, *, trusted
             for name, (method, options) in endpoints_of(cls).items()
         ],
         "exports": exports_sessions(cls),
+        "policy": _policy(config, origin.__name__, trusted),
     }
 
 
@@ -103,15 +106,29 @@ def _router(given: object, endpoint: str, trusted: bool) -> dict[str, Any]:
     described = describe_router(router)
     if described is not None:
         return described
-    what = f"the router {type(router).__qualname__} of {endpoint}"
+    return _code(router, Router, f"the router {type(router).__qualname__} of {endpoint}", trusted)
+
+
+def _policy(config: ServiceConfig, owner: str, trusted: bool) -> dict[str, Any] | None:
+    given = None if config.autoscaling is None else config.autoscaling.policy
+    if given is None or isinstance(given, str):
+        return None  # the configuration says it all
+    policy = make_policy(given)
+    if type(policy) is ThresholdPolicy:
+        return None
+    return _code(policy, ScalingPolicy, f"the scaling policy {type(policy).__qualname__} of {owner}", trusted)
+
+
+def _code(value: object, base: type, what: str, trusted: bool) -> dict[str, Any]:
+    """An object of a user's subclass of `base`, with the modules of its classes."""
     if not trusted:
         raise TrustRequired(what=what)
-    modules = {sys.modules.get(one.__module__) for one in type(router).__mro__ if one not in (Router, object)}
+    modules = {sys.modules.get(one.__module__) for one in type(value).__mro__ if one not in (base, object)}
     theirs = [
-        module for module in modules if module is not None and module.__name__ not in ("__main__", Router.__module__)
+        module for module in modules if module is not None and module.__name__ not in ("__main__", base.__module__)
     ]
     with _by_value(theirs):
-        return {"code": _dumps(router, what)}
+        return {"code": _dumps(value, what)}
 
 
 def _dumps(value: object, what: str) -> bytes:

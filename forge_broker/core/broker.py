@@ -43,6 +43,7 @@ from forge_broker.core.links import Link
 from forge_broker.core.rebuild import Rebuild, is_answered_at_once, is_of_the_past
 from forge_broker.core.replies import Replies
 from forge_broker.core.returns import Returns
+from forge_broker.core.scaling import Scaling
 from forge_broker.core.seating import Seating
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.spares import Spares
@@ -82,7 +83,8 @@ class Broker:
         self.rebuild = Rebuild(
             state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch, answers, telling
         )
-        self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, telling)
+        self.scaling = Scaling(state, self.lifecycle, self.seating, telling)
+        self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, self.scaling, telling)
         # Who looks when a time has come. Each is given the entry's key, and looks at what is there now.
         self._due: dict[Kind, Callable[[Any, float], None]] = {
             Kind.BATCH: self.dispatch.batch_due,
@@ -94,6 +96,7 @@ class Broker:
             Kind.NO_REPLICA: self.dispatch.give_up_waiting,
             Kind.RECOVERED: self._recovered,
             Kind.RESTART: self.lifecycle.restart,
+            Kind.SCALE: self.scaling.due,
             Kind.SESSION: self.sessions.idle,
             Kind.SILENCE: self._silence,
             Kind.SLOT: self.seating.free_slot,
@@ -167,8 +170,12 @@ class Broker:
         state = self.state
         while state.replayed:
             self.lifecycle.replayed(state.replayed.pop(), now)
+        while state.woken:
+            self.scaling.evaluate(state.woken.pop(), now)
         if self.drains.waiting:
             self.drains.check(now)
+        if self.scaling.waiting:
+            self.scaling.check(now)
         if state.terminating:
             self.lifecycle.check_finished()
         actions = state.actions

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+from forge_broker.core.deadlines import Kind
 from forge_broker.core.queues import Queue
-from forge_broker.core.services import Endpoint, Service, read_router
+from forge_broker.core.services import Endpoint, Service, read_policy, read_router
+from forge_broker.core.sizing import Sizing
 from forge_broker.core.state import State
 from forge_contract.config import ServiceConfig
 from forge_contract.errors import ConfigError, ProtocolError
@@ -32,6 +34,8 @@ class Catalogue:
             # An actor's calls keep their order across its endpoints (A6), so they share a queue.
             queue = shared if service.kind == "actor" else Queue(where)
             service.endpoints.append(Endpoint(service, endpoint_id, method, one, router, queue))
+        policy = read_policy(config, spec, trusted, state.unpickle, state.load)
+        service.sizing = Sizing(policy, now)
         service.batches = any(endpoint.batcher is not None for endpoint in service.endpoints)
         for endpoint in service.endpoints:
             same = [one.router for one in service.endpoints if one.queue is endpoint.queue]
@@ -40,6 +44,8 @@ class Catalogue:
         state.services[service.id] = service
         state.names[name] = service
         state.endpoints.update({endpoint.id: endpoint for endpoint in service.endpoints})
+        if config.autoscaling is not None:
+            state.deadlines.add(now + config.autoscaling.evaluate_every_s, Kind.SCALE, service.id)
         return service
 
     def name_of(self, config: ServiceConfig, class_name: str) -> str:

@@ -11,6 +11,7 @@ from forge_broker.core.clients import Client
 from forge_broker.core.dead_letters import DeadLetter
 from forge_broker.core.drains import Drains
 from forge_broker.core.lifecycle import Lifecycle
+from forge_broker.core.scaling import Scaling
 from forge_broker.core.services import Service
 from forge_broker.core.sessions import Sessions
 from forge_broker.core.state import State
@@ -32,12 +33,19 @@ Answer = dict[str, Any] | tuple[dict[str, Any], Payload] | None
 
 class Control:
     def __init__(
-        self, state: State, sessions: Sessions, lifecycle: Lifecycle, drains: Drains, telling: Telling
+        self,
+        state: State,
+        sessions: Sessions,
+        lifecycle: Lifecycle,
+        drains: Drains,
+        scaling: Scaling,
+        telling: Telling,
     ) -> None:
         self._state = state
         self._sessions = sessions
         self._lifecycle = lifecycle
         self._drains = drains
+        self._scaling = scaling
         self._telling = telling
 
     def handle(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
@@ -109,6 +117,17 @@ class Control:
         self._drains.restart(self._service(fields), client, number, now)
         return None
 
+    def _scale(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        service = self._service(fields)
+        done = self._scaling.by_hand(service, fields.get("replicas"), client, now)
+        if fields.get("wait") is not True:
+            return done
+        self._scaling.answer_when_done(service, client, number)
+        return None
+
+    def _why_scale(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
+        return status.decisions(self._service(fields), now)
+
     def _terminate(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         self._lifecycle.terminate(f"{client.name} asked for it", now)
         return {}
@@ -169,6 +188,8 @@ _OPERATIONS = {
     "close_session": Control._close_session,
     "drain": Control._drain,
     "restart": Control._restart,
+    "scale": Control._scale,
+    "why_scale": Control._why_scale,
     "terminate": Control._terminate,
     "dead_list": Control._dead_list,
     "dead_show": Control._dead_show,

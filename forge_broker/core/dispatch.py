@@ -408,6 +408,8 @@ class Dispatch:
         """Calls wait and no replica is healthy: look again when the oldest has waited for the grace (F8)."""
         if service.unhealthy_since is None:
             service.unhealthy_since = now
+        if not service.wanted and service.sizing.policy is not None:
+            self._state.woken.add(service)
         if service.grace_at is None and any(queue.length for queue in service.queues):
             service.grace_at = now + service.config.no_replica_grace_s
             self._state.deadlines.add(service.grace_at, Kind.NO_REPLICA, service.id)

@@ -53,10 +53,13 @@ class Drains:
         replica = service.replicas.get(int(idx)) if service is not None and idx.isdecimal() else None
         if service is None or replica is None:
             raise ConfigError(where="drain", message=f"{target!r:.100} is neither a worker nor a replica (service/0)")
-        if all(other is replica or is_leaving(other) for other in service.replicas.values()):
+        if all(other is replica or other.leaving for other in service.replicas.values()):
             raise ConfigError(
                 where="drain", message=f"{target} is the last replica of {name}; to end it, stop the service"
             )
+        if not replica.leaving:
+            service.resize(service.wanted - 1)
+            self._telling.resized(service)
         replica.comes_back = False  # it may be on its way out to start anew, which is not wanted any more
         if replica.state is not ReplicaState.DRAINING:
             state.story.tell(now, replica.name, f"drained, asked by {client.name}")
@@ -138,8 +141,3 @@ class Drains:
         if not client.gone:
             told = fields if error is None else {"error": error.to_wire()}
             self._telling.answer(client, number, error is None, told, None)
-
-
-def is_leaving(replica: Replica) -> bool:
-    """For good: not to start anew."""
-    return replica.state is ReplicaState.DRAINING and not replica.comes_back

@@ -96,6 +96,9 @@ def _replicas(broker: Broker) -> list[str]:
     wrong: list[str] = []
     state = broker.state
     for service in state.services.values():
+        current = sum(not replica.leaving for replica in service.replicas.values())
+        if current != service.wanted and service.stopping is None and state.window is None:
+            wrong.append(f"{service!r} wants {service.wanted} replicas and has {current}")
         healthy = tuple(sorted(idx for idx, replica in service.replicas.items() if replica.healthy))
         if service.pool.members != healthy:
             wrong.append(f"{service!r}: the pool has {service.pool.members}, healthy are {healthy}")

@@ -76,7 +76,7 @@ class Lifecycle:
         if owner is not None:
             client.services.add(service.id)
         state.note("info", "service deployed", service=name, replicas=config.initial_replicas, kind=service.kind)
-        for _ in range(config.initial_replicas):
+        for _ in range(service.wanted):
             self._seating.add_replica(service, now)
         if not service.replicas:
             self._started(service, now)
@@ -99,7 +99,9 @@ class Lifecycle:
             self._admit(replica, now)
             if not replica.healthy:
                 self.replica_lost(replica, "not all of its ranks came back to the broker", [], now, blame=False)
-        while len(service.replicas) < service.config.initial_replicas:
+        if len(service.replicas) > service.wanted:
+            service.resize(len(service.replicas))  # nobody told us of these: whoever knew is gone
+        while len(service.replicas) < service.wanted:
             self._seating.add_replica(service, now).restarts = 1  # it is known to have been there before
 
     # Workers.

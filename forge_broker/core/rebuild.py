@@ -28,11 +28,13 @@ from forge_broker.core.state import State
 from forge_broker.core.status import missing
 from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker
+from forge_contract.config import MOST_REPLICAS
 from forge_contract.errors import ForgeError, OutcomeUnknown, Overloaded, ProtocolError, ServiceStopped
 from forge_contract.framing import Payload, Payloads, weigh
 from forge_contract.messages import CALLS, CONTROL, FANOUT, Message, client_of, spread
 
 _SIZES: Final = {CALLS: 3, FANOUT: 3, CONTROL: 4}  # where a message of a client names its payloads
+_SIZE_OF_DEED: Final = ("wanted", "resizes")  # what changes in a service's life: the latest counts
 _AT_ONCE: Final = frozenset({"status", "workers", "explain", "dead_list"})
 
 
@@ -168,9 +170,20 @@ class Rebuild:
         ids = [deed["service"], *deed["endpoints"]]
         if not all(type(one) is int and 0 < one < 1 << 62 for one in ids) or len(set(ids)) != len(ids):
             raise ProtocolError("a deed with ids that are none")
+        sizes = [deed.get(name, 0) for name in _SIZE_OF_DEED]
+        if not all(type(one) is int and one >= 0 for one in sizes) or sizes[0] > MOST_REPLICAS:
+            raise ProtocolError(f"a deed that wants {sizes[0]!r:.60} replicas, changed {sizes[1]!r:.60} times")
+        service = self._of_deed(deed, init, trusted, now)
+        if deed.get("resizes", 0) > service.resizes:
+            service.wanted, service.resizes = sizes
+        return service
+
+    def _of_deed(self, deed: dict[str, Any], init: Payload, trusted: bool, now: float) -> Service:
         known = self._state.services.get(deed["service"])
         if known is not None:
-            if known.deed() | {"owner": deed["owner"], "trusted": deed["trusted"]} != deed:
+            same = {name: one for name, one in deed.items() if name not in _SIZE_OF_DEED}
+            ours = {name: one for name, one in known.deed().items() if name not in _SIZE_OF_DEED}
+            if ours | {"owner": deed["owner"], "trusted": deed["trusted"]} != same:
                 raise ProtocolError(f"a deed of another service {deed['service']} than {known.name}")
             return known
         trusted = trusted and deed["trusted"]  # a stamp is believed only of who has that trust

@@ -136,6 +136,11 @@ class Replica:
     def __repr__(self) -> str:
         return f"<Replica {self._name} {self.state.value} {self.active}/{self.limit} in flight>"
 
+    @property
+    def leaving(self) -> bool:
+        """For good: not to start anew."""
+        return self.state in (ReplicaState.DRAINING, ReplicaState.STOPPED) and not self.comes_back
+
     def ranks_for(self, rank: int | None) -> list[Any]:
         """The workers that run a call: every rank, or the one it is meant for."""
         ranks = self.ranks if rank is None else self.ranks[rank : rank + 1]

@@ -14,11 +14,13 @@ from forge_broker.core.batcher import Batcher
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaPool
 from forge_broker.core.requests import Request
+from forge_broker.core.sizing import Sizing
 from forge_broker.core.stats import EndpointStats, ServiceStats
 from forge_contract.config import EndpointOptions, ServiceConfig
 from forge_contract.errors import ConfigError, TrustRequired
 from forge_contract.framing import Payload
 from forge_contract.routing import LeastLoadedRouter, PowerOfTwoRouter, RoundRobinRouter, Router, build_router
+from forge_contract.scaling import ScalingPolicy, ThresholdPolicy, make_policy
 
 
 class Endpoint:
@@ -142,7 +144,9 @@ class Service:
         "ready",
         "replays",
         "replicas",
+        "resizes",
         "sessions",
+        "sizing",
         "spare_at",
         "spare_deaths",
         "spare_why",
@@ -158,6 +162,7 @@ class Service:
         "unpinned",
         "waiting_start",
         "waiting_stop",
+        "wanted",
         "watchers",
     )
 
@@ -175,6 +180,9 @@ class Service:
         self.class_name: str = spec["class_name"]
         self.pool = ReplicaPool(config.concurrency)
         self.replicas: dict[int, Replica] = {}
+        self.wanted = config.initial_replicas  # replicas, whatever they do, but those that leave for good
+        self.resizes = 0  # how often that changed: of what peers hold of it, the latest counts (F10)
+        self.sizing = Sizing(None, now)
         self.endpoints: list[Endpoint] = []
         self.batches = False  # some of them do
         self.sessions: dict[str, Session] = {}
@@ -247,6 +255,15 @@ class Service:
         """What its spares are called, in stories and as holders of GPUs."""
         return f"{self.name}/spares"
 
+    @property
+    def current(self) -> list[Replica]:
+        """Its replicas but those that leave for good."""
+        return [replica for replica in self.replicas.values() if not replica.leaving]
+
+    def resize(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.resizes += 1
+
     def deed(self) -> dict[str, Any]:
         """What a broker without memory needs to have this service again (PROTOCOL.md §7.2)."""
         return {
@@ -256,6 +273,8 @@ class Service:
             "endpoints": [endpoint.id for endpoint in self.endpoints],
             "owner": 0 if self.owner is None else self.owner.id,
             "trusted": self.init_trusted,
+            "wanted": self.wanted,
+            "resizes": self.resizes,
         }
 
     def pin(self, session: str, replica: Replica) -> None:
@@ -311,6 +330,8 @@ def read_spec(spec: Any, trusted: bool) -> ServiceConfig:
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise ConfigError(where="deploy", message=f"endpoints need distinct names, not {names!r:.100}")
     config = ServiceConfig.from_wire(spec.get("config") or {})
+    if spec["kind"] == "actor" and config.autoscaling is not None:
+        raise ConfigError(where="deploy", message="an actor is one replica; autoscaling is for services")
     for one in spec["endpoints"]:
         options = one.get("options")
         if not isinstance(options, dict):
@@ -339,3 +360,33 @@ def read_router(
     if isinstance(router, PowerOfTwoRouter) and (described.get("options") or {}).get("seed") is None:
         return PowerOfTwoRouter(seed())
     return router
+
+
+def read_policy(
+    config: ServiceConfig,
+    spec: dict[str, Any],
+    trusted: bool,
+    unpickle: Callable[[bytes], Any],
+    load: Callable[[str, list[str]], Any],
+) -> ScalingPolicy | None:
+    """A service's own scaling policy: the thresholds, or the user's, by value or by name where there is trust (X1). None where nothing
+    scales by itself."""
+    if config.autoscaling is None:
+        return None
+    described, named = spec.get("policy"), config.autoscaling.policy
+    code = described.get("code") if isinstance(described, dict) else None
+    if not isinstance(code, bytes) and not isinstance(named, str):
+        return ThresholdPolicy()
+    what = f"the scaling policy of {spec['class_name']}"
+    if not trusted:
+        raise TrustRequired(what=what)
+    try:
+        if isinstance(code, bytes):
+            given = unpickle(code)
+        else:
+            given = load(str(named), [entry for entry in spec.get("path") or () if isinstance(entry, str)])
+    except Exception as error:
+        raise ConfigError(
+            where="autoscaling", message=f"{what} cannot be loaded in the broker: {type(error).__name__}: {error}"
+        ) from error
+    return make_policy(given)

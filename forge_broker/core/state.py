@@ -21,6 +21,7 @@ from forge_broker.core.services import Endpoint, Service
 from forge_broker.core.story import Story
 from forge_broker.core.workers import Worker
 from forge_contract.config import BrokerConfig
+from forge_contract.errors import ConfigError
 
 if TYPE_CHECKING:
     from random import Random
@@ -71,8 +72,13 @@ class Spare:
 LAG_WINDOW_S = 60.0  # long enough to be seen by who comes to look after calls had been slow
 
 
+def _load_nothing(name: str, path: list[str]) -> Any:
+    raise ConfigError(where=name, message="this broker loads nothing by name")
+
+
 class State:
-    """`trusted`: for each of the broker's addresses, whether who comes in by it may send code; `unpickle` is called for nobody else.
+    """`trusted`: for each of the broker's addresses, whether who comes in by it may send code; `unpickle`, and `load` (what
+    "module:qualname" names, given an import path), are called for nobody else.
     `host`: this machine, as hellos name it. `random`: the only chance there is."""
 
     def __init__(
@@ -85,6 +91,7 @@ class State:
         random: Random,
         unpickle: Callable[[bytes], Any],
         now: float,
+        load: Callable[[str, list[str]], Any] = _load_nothing,
         segments: Segments | None = None,
         recovering: bool = False,
     ) -> None:
@@ -94,6 +101,7 @@ class State:
         self.trusted = tuple(trusted)  # by address, as routes count them
         self.random = random
         self.unpickle = unpickle
+        self.load = load
         self.segments = segments  # None: nobody shares memory
         self.started_at = now
         self.recovering = recovering  # we were started where another broker ended without a word
@@ -120,6 +128,7 @@ class State:
         self.window: Window | None = None  # while we recover (F10)
         self.predecessors: set[int] = set()  # incarnations that we go on for: what they gave handles to, we know
         self.claims: dict[int, Claim] = {}  # while what was asked in the window is done: who ran or runs what
+        self.woken: set[Service] = set()  # a call waits, and no replica is wanted: ask the policy now (X1)
         self.replayed: set[Service] = set()  # a fan-out that newcomers had to wait for is over (A11): look at them
 
         self.ledger = Ledger()

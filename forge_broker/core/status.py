@@ -65,9 +65,9 @@ def missing(state: State) -> list[str]:
             absent = [str(rank) for rank, worker in enumerate(replica.ranks) if worker is None]
             if absent:
                 found.append(f"rank {', '.join(absent)} of {replica.name}")
-        wanted = service.config.initial_replicas - len(service.replicas)
-        if wanted > 0:
-            found.append(f"{wanted} replicas of {service.name}")
+        absent_replicas = service.wanted - len(service.replicas)
+        if absent_replicas > 0:
+            found.append(f"{absent_replicas} replicas of {service.name}")
     return found
 
 
@@ -97,6 +97,7 @@ def service_state(service: Service, now: float) -> dict[str, Any]:
         "sessions": len(service.sessions),
         "session_replica_map": {sid: service.pins[sid] for sid in shown if sid in service.pins},
         "state_epoch": service.state_epoch,
+        "scaling": _scaling(service, now),
         "request_rate": round(sum(replica.stats.window.rate(now) for replica in service.replicas.values()), 3),
     }
 
@@ -109,6 +110,27 @@ def spares(service: Service) -> dict[str, Any]:
         "ready": ready,
         "starting": len(service.spares) - ready,
         "why": service.spare_why,
+    }
+
+
+def _scaling(service: Service, now: float) -> dict[str, Any]:
+    decided = service.sizing.decided
+    acted = [one for one in decided if one.decision.delta]
+    return {
+        "wanted": service.wanted,
+        "limits": list(service.config.limits),
+        "policy": None if service.sizing.policy is None else repr(service.sizing.policy)[:100],
+        "last_decision": decided[-1].shown(now) if decided else None,
+        "last_change": acted[-1].shown(now) if acted else None,
+    }
+
+
+def decisions(service: Service, now: float) -> dict[str, Any]:
+    """`forge why-scale`: the last decisions, the newest first."""
+    return {
+        "name": service.name,
+        **_scaling(service, now),
+        "decisions": [one.shown(now) for one in reversed(service.sizing.decided)],
     }
 
 

@@ -9,7 +9,7 @@ from forge_broker.core.services import Service
 from forge_broker.core.state import State
 from forge_broker.core.status import metrics
 from forge_contract.framing import Payload
-from forge_contract.messages import ANSWER, NOTICE
+from forge_contract.messages import ANSWER, NOTICE, RESIZED
 
 # Unacknowledged: who does not read gets no more news, or a stopped client would fill us.
 NEWS_AT_MOST_BYTES: Final = 1 << 20
@@ -34,6 +34,15 @@ class Telling:
             if link is not None:
                 link.post([NOTICE, topic, {"service": service.id, **fields}])
                 self._state.deliver(link)
+
+    def resized(self, service: Service) -> None:
+        """How many replicas it should have, to all that hold its deed (F10)."""
+        self.notice(service, "resized", wanted=service.wanted, resizes=service.resizes)
+        for replica in service.current:
+            for worker in replica.ranks:
+                if worker is not None:
+                    worker.post([RESIZED, service.wanted, service.resizes])
+                    self._state.deliver(worker)
 
     def news(self, service_id: int, now: float) -> None:
         """A snapshot of its metrics is due (X4)."""

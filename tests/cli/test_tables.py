@@ -262,3 +262,11 @@ def test_a_service_says_whether_its_workers_are_forked_and_why_not() -> None:
     assert "preloaded" in shown(status_page(status(forked), "ipc:///b.sock"), 120)
     text = shown(status_page(status(started), "ipc:///b.sock"), 120)
     assert "gen is not preloaded: its import started threads: pool" in text
+
+
+def test_healthy_is_told_of_those_that_are_wanted() -> None:
+    """X2: one that leaves is not missed, and one that has no replica yet is."""
+    leaving = [replica("gen/0"), replica("gen/1", state="DRAINING", healthy=False)]
+    text = shown(status_page(status(service(replicas=leaving, scaling={"wanted": 1})), "ipc:///b"))
+    assert "1 of 1" in text
+    assert "1 draining" in text

@@ -152,7 +152,7 @@ async def test_a_fan_out_under_way_has_an_unknown_outcome(broker: Served) -> Non
     assert await service.load.fanout("weights") == ["weights"] * 2
 
 
-async def test_the_successor_is_told_of_services_and_sessions(broker: Served) -> None:
+async def test_the_successor_is_told_of_services_how_many_they_are_by_now_and_sessions(broker: Served) -> None:
     """F10"""
     service = await Echo.options(num_replicas=2).as_service("of mine")
     other = await Echo.as_service()
@@ -161,6 +161,8 @@ async def test_the_successor_is_told_of_services_and_sessions(broker: Served) ->
     closed = await service.start_session()
     await service.terminate_session(closed)
     await other.shutdown()
+    broker.broker.notice("resized", {"service": 1, "wanted": 5, "resizes": 3})
+    await service.echo.route(0)
     dies_and_returns(broker)
     await service.echo.route(1)
     declared = broker.broker.hellos[-1]["declares"]
@@ -175,6 +177,8 @@ async def test_the_successor_is_told_of_services_and_sessions(broker: Served) ->
                 "endpoints": [100, 101],
                 "owner": 0x1A2B3C,
                 "trusted": True,
+                "wanted": 5,
+                "resizes": 3,
             }
         ],
         "sessions": [[1, session, {"user": "ada"}, False]],

@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from forge_broker.core.actions import Kill, KillPeer, Launch, Look
 from forge_broker.core.events import LaunchEnded, ProcessGone, Stopped, Watched
 from forge_broker.core.workers import WorkerState
-from forge_contract.config import EndpointOptions
+from forge_contract.config import AutoscalingConfig, EndpointOptions
 from forge_contract.errors import PoisonedRequest
 from forge_contract.messages import (
     BYE,
@@ -49,6 +49,17 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "batch": {"batch_size": BATCH_SIZE, "batch_timeout": 1.0},
 }
 
+EAGER = AutoscalingConfig(
+    scale_up_queue_depth_threshold=2.0,
+    max_queue_depth_emergency=4.0,
+    scale_down_idle_time_threshold=3.0,
+    min_time_between_scale_events=0.0,
+    scale_up_cooldown=0.0,
+    scale_down_cooldown=0.0,
+    smoothing_s=0.0,
+)
+"""Replicas come and go with every few calls, down to none."""
+
 pytestmark = pytest.mark.timeout(900)  # a search takes minutes, and so does hypothesis to shrink what it finds
 
 few = st.integers(0, 5)
@@ -63,6 +74,7 @@ RARE: dict[str, Callable[[Any], Any]] = {
     "drain_replica": lambda self: self.serves(),
     "drain_worker": lambda self: self.workers,
     "restart": lambda self: self.serves(),
+    "scale": lambda self: self.serves(),
     "launch_fails": lambda self: self.launches,
     "join_by_hand": lambda self: len(self.workers) < 8,
     "leave_unasked": lambda self: self.workers,
@@ -82,9 +94,19 @@ class Machine(RuleBasedStateMachine):
         procs=st.sampled_from([1, 1, 1, 2]),
         loss=st.sampled_from(["restart", "raise"]),
         queued=st.sampled_from([4, 1000]),
+        scaling=st.sampled_from([None, None, EAGER]),
         spares=st.sampled_from([0, 0, 1]),
     )
-    def begin(self, replicas: int, room: int, procs: int, loss: str, queued: int, spares: int) -> None:
+    def begin(
+        self,
+        replicas: int,
+        room: int,
+        procs: int,
+        loss: str,
+        queued: int,
+        scaling: AutoscalingConfig | None,
+        spares: int,
+    ) -> None:
         self.bench = Bench(max_workers=12, checkpoint_bytes=40, dead_letters=2)
         self.model = Model(self.bench)
         self.launches: list[int] = []
@@ -110,6 +132,9 @@ class Machine(RuleBasedStateMachine):
             max_queued_requests=queued,
             max_attempts=MAX_ATTEMPTS,
             warm_spares=spares,
+            min_replicas=0 if scaling else 1,
+            max_replicas=4,
+            autoscaling=scaling,
         )
         for one in plan["endpoints"]:
             one["options"] = EndpointOptions(**ENDPOINTS[one["name"]]).to_wire()
@@ -255,6 +280,10 @@ class Machine(RuleBasedStateMachine):
 
     def restart(self, which: int) -> None:
         self.controls.append((self.owner, self.owner.control("restart", service="Echo")))
+
+    def scale(self, which: int) -> None:
+        fields: dict[str, Any] = {"replicas": which, "wait": which % 2 == 0}  # what cannot be is refused
+        self.controls.append((self.owner, self.owner.control("scale", service="Echo", **fields)))
 
     # Workers.
 

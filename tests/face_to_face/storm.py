@@ -17,6 +17,7 @@ from collections import Counter
 from functools import partial
 from typing import Final
 
+from forge_contract.config import AutoscalingConfig
 from forge_contract.messages import FAILED, OK
 from tests.face_to_face.parties import Reply, SimClient, SimWorker
 from tests.face_to_face.world import World
@@ -36,6 +37,17 @@ ENDPOINTS: Final = {
     "load": {"replay_last": True},
     "batch": {"batch_size": 4, "batch_timeout": 0.1},
 }
+# Replicas come and go with every few calls.
+SCALING: Final = AutoscalingConfig(
+    scale_up_queue_depth_threshold=2.0,
+    max_queue_depth_emergency=4.0,
+    scale_down_idle_time_threshold=0.5,
+    min_time_between_scale_events=0.3,
+    scale_up_cooldown=0.3,
+    scale_down_cooldown=0.3,
+    smoothing_s=0.0,
+    evaluate_every_s=0.1,
+)
 # What a call may end with but its value; anything else is a bug.
 EXPECTED: Final = {
     "echo": {"PoisonedRequest"},
@@ -77,6 +89,8 @@ class Storm:
             endpoints=ENDPOINTS,
             exports=True,
             restart_backoff_at_most_s=5.0,
+            max_replicas=REPLICAS + 1,
+            autoscaling=self.random.choice([None, SCALING]),
         )
         self.mesh = self.far.deploy(num_replicas=1, procs=2, restart_backoff_at_most_s=5.0)
         for session in SESSIONS:
@@ -191,10 +205,12 @@ class Storm:
             world.faults["drained worker"] += 1
             self.near.control("drain", {"target": peer.link.name})
         elif kind == 10:
-            world.faults["drain or restart"] += 1
+            world.faults["drain, restart or scale"] += 1
             name = self.service["name"]
-            if draw() < 0.5:
+            if draw() < 0.3:
                 self.near.control("restart", {"service": name})
+            elif draw() < 0.5:
+                self.near.control("scale", {"service": name, "replicas": self.random.randrange(1, REPLICAS + 2)})
             elif draw() < 0.5:
                 self.near.control("drain", {"target": f"{name}/{self.random.randrange(REPLICAS)}"})  # for good
             else:
@@ -313,7 +329,7 @@ class Storm:
                 ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_lost(self.near)
                 assert reply.error == "PoisonedRequest" or ended, f"poison ended with {reply.status}, {reply.error}"
                 # A death that the broker chose (a drain, a stopped process) convicts nobody, though poison was its cause.
-                chosen = ("broker killed", "drained worker", "drain or restart", "paused", "half_open")
+                chosen = ("broker killed", "drained worker", "drain, restart or scale", "paused", "half_open")
                 often = self.executed[call.payload] > 3 and not any(self.world.faults[one] for one in chosen)
                 assert not often, f"poison ran {self.executed[call.payload]} times"
 

@@ -39,6 +39,24 @@ class Predictor(ForgeActor):
         return value, current_session()
 
 
+class Counter(ForgeActor):
+    """Counts for each session, and takes its count along."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str | None, int] = {}
+
+    @endpoint
+    async def add(self, n: int) -> int:
+        self.counts[current_session()] = self.counts.get(current_session(), 0) + n
+        return self.counts[current_session()]
+
+    async def export_session(self, sess_id: str) -> int:
+        return self.counts[sess_id]
+
+    async def import_session(self, sess_id: str, state: int) -> None:
+        self.counts[sess_id] = state
+
+
 class _OnGpus(ForgeActor):
     @endpoint
     async def gpus(self) -> str:

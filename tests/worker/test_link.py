@@ -23,6 +23,7 @@ from forge_contract.messages import (
     READY,
     REPLAY,
     REPLIES,
+    RESIZED,
     SETTLED,
     STATES,
     STOP,
@@ -292,18 +293,19 @@ def test_replies_leave_before_the_goodbye() -> None:
 
 
 def test_a_broker_that_does_not_know_us_is_told_what_we_hold() -> None:
-    """F10: the deed, where we are in our life, what runs, whose sessions are here; and the constructor's arguments."""
+    """F10: the deed as it is by now, where we are in our life, what runs, whose sessions are here; and the constructor's arguments."""
     talk = Talk().assigned()
     talk.link.ready()
     talk.say([DISPATCH, 1, 0, True, [1, 2], 1, [0, 0], {"session": ["s", None]}])
     talk.say([IMPORT, "t", True, 0])
+    talk.say([RESIZED, 3, 2])
     talk.link.reply(1, 1, 0, b"")
     talk.sent()
     hello = talk.lost_and_welcomed(recovering=False)
     assert (hello.number, hello.epoch) == (0, 2)
     _, fields, sizes = hello.body[0]
     assert fields["holds"] == {
-        "deed": {"service": 1, "name": "sample"},
+        "deed": {"service": 1, "name": "sample", "wanted": 3, "resizes": 2},
         "replica": 0,
         "epoch": 1,
         "rank": 0,
