@@ -44,6 +44,23 @@ def check_address(address: str, field: str = "address") -> None:
     raise ConfigError(where=field, message=f"{address!r} is neither tcp://host:port nor ipc:///path")
 
 
+def read_http(address: str) -> tuple[str, int]:
+    """Host and port of `127.0.0.1:8266`, `localhost:8266`, `[::1]:8266`. Raises ConfigError."""
+    host, colon, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if (
+        colon
+        and host.strip("[]")
+        and (":" not in host or bracketed)
+        and "/" not in host
+        and port.isdecimal()
+        and port.isascii()
+        and int(port[:6]) < 65536
+    ):
+        return host.strip("[]"), int(port)
+    raise ConfigError(where="http", message=f"{address!r} is not host:port, such as 127.0.0.1:8266")
+
+
 def is_loopback(address: str) -> bool:
     """True when a bind of this address cannot be reached from another machine."""
     if address.startswith("ipc://"):

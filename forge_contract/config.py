@@ -16,7 +16,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import InitVar, dataclass
 from typing import Any, Final, Self, TypeVar
 
-from forge_contract.addresses import check_address
+from forge_contract.addresses import check_address, read_http
 from forge_contract.errors import ConfigError, did_you_mean
 from forge_contract.routing import make_router
 from forge_contract.scaling import DEFAULT_MOST, Limits, make_policy
@@ -463,6 +463,7 @@ class BrokerConfig:
 
     bind: tuple[str, ...] = ()  # addresses; empty: the user's own private ipc address
     insecure: bool = False  # allow binds beyond loopback, although nothing is encrypted
+    http: str | None = None  # host:port for /metrics, /healthz, /readyz and /api/status; None: no HTTP
     log_dir: str | None = None  # workers' output; None: `logs` in the private directory
     max_workers: int = 64  # processes the local scaler may run at once
     gpus: tuple[str, ...] = ()  # GPU slots of this machine, as CUDA_VISIBLE_DEVICES names them
@@ -506,6 +507,11 @@ class BrokerConfig:
         for address in self.bind:
             try:
                 check_address(address, "bind")
+            except ConfigError as error:
+                problems.append(str(error))
+        if self.http is not None:
+            try:
+                read_http(self.http)
             except ConfigError as error:
                 problems.append(str(error))
         repeated = {gpu for gpu in self.gpus if self.gpus.count(gpu) > 1}

@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ from forge_worker.outcomes import trimmed
 log = logging.getLogger("forge_worker")
 
 MESSAGE_AT_MOST: Final = 1 << 16  # bytes
+ENDING_S: Final = 0.1  # a thread that was joined is the kernel's for a moment longer
 _DEVICES: Final = ("/dev/nvidia", "/dev/kfd", "/dev/dri")
 
 
@@ -60,7 +62,9 @@ def unfit(known: frozenset[str]) -> str:
     threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
     if threads:
         return f"its import started threads: {', '.join(threads)[:200]}"
-    more = len(os.listdir("/proc/self/task")) - 1
+    over = time.monotonic() + ENDING_S
+    while (more := len(os.listdir("/proc/self/task")) - 1) and time.monotonic() < over:
+        time.sleep(0.005)
     if more:
         return (
             f"its import started {more} native thread{'s' if more > 1 else ''}, as numeric libraries do for their pools "

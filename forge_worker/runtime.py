@@ -53,9 +53,10 @@ from forge_worker.link import (
     WorkerLink,
 )
 from forge_worker.loading import find_methods, load_class, make_instance
-from forge_worker.machine import LoopLag, choose_master, resident_bytes, take_stdin
+from forge_worker.machine import LoopLag, choose_master, take_stdin
 from forge_worker.outcomes import trimmed
 from forge_worker.output import make_output_last
+from forge_worker.vitals import Vitals
 
 log = logging.getLogger("forge_worker")
 
@@ -141,6 +142,7 @@ class Worker:
         self._pool: Pool | None = (
             None  # for results; never closed while a broker lives, who knows when they have been read
         )
+        self._vitals = Vitals(options.gpus)
         self._heartbeat = Heartbeat(options.broker, self._beat)
         self._host: ActorHost | None = None
         self._class = options.loaded  # of a spare, or forked from a process that had it
@@ -292,7 +294,7 @@ class Worker:
             return None
         oldest_s = self._host.oldest_s(now) if self._host is not None else 0.0
         segments = {} if self._pool is None else self._pool.vitals
-        return self._link.heartbeat({"oldest_s": oldest_s, "lag_s": lag_s, "rss": resident_bytes(), **segments})
+        return self._link.heartbeat({"oldest_s": oldest_s, "lag_s": lag_s, **self._vitals.read(), **segments})
 
     # Becoming a spare, or a rank.
 

@@ -39,6 +39,11 @@ def broker() -> None:
 @click.option(
     "--insecure", is_flag=True, default=None, help="Allow binds beyond this machine, although nothing is encrypted."
 )
+@click.option(
+    "--http",
+    metavar="HOST:PORT",
+    help="Serve /metrics for Prometheus, /healthz, /readyz and /api/status here: 127.0.0.1:8266. [default: nowhere]",
+)
 @click.option("--log-dir", metavar="DIR", help="Where workers' output goes. [default: `logs` in the private directory]")
 @click.option("--max-workers", type=int, metavar="N", help="Worker processes it may start at once. [default: 64]")
 @click.option("--gpus", metavar="N|LIST|none", help="GPUs to hand out: 2, or 0,3. [default: those found]")
@@ -87,6 +92,7 @@ def start(config: Path | None, log_level: str, **options: Any) -> None:
     Examples:
       forge broker start
       forge broker start --bind tcp://127.0.0.1:5555 --gpus 2
+      forge broker start --http 127.0.0.1:8266
       FORGE_MAX_WORKERS=8 forge broker start --config cluster.toml
       forge broker start --gpus none 2> broker.jsonl
     """
@@ -205,6 +211,8 @@ def _welcome(config: BrokerConfig, addresses: list[str]) -> None:
         f"  forge status --watch{at}",
     ]
     lines += [f"  forge worker --gpu none --broker {address}" for address in addresses if address.startswith("tcp://")]
+    if config.http is not None:
+        lines.append(f"  curl http://{config.http}/metrics")
     lines += [
         "",
         f"Workers' output is in {config.log_dir}. Ctrl-C ends the broker and all it runs; a second one does not wait.",

@@ -64,7 +64,7 @@ def workers(as_json: bool, broker: str) -> None:
         return
     from forge_cli.tables import worker_table
 
-    stdout_console().print(worker_table(answer["workers"]))
+    stdout_console().print(worker_table(answer["workers"], wide=True))
 
 
 @click.command(short_help="Tell what happened to a request, a session, a replica, a worker.")

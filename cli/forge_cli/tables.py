@@ -191,13 +191,22 @@ def _sessions(services: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     return [table]
 
 
-def worker_table(workers: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """`forge workers`, and the end of `forge status`."""
+def worker_table(workers: Sequence[Mapping[str, Any]], *, wide: bool = False) -> RenderableType:
+    """`forge workers`, and the end of `forge status`. `wide`: how busy its GPUs are, for which 80 columns have no room."""
     if not workers:
         return Text("no workers", "dim")
     with_gpus = any(worker["gpus"] for worker in workers)
     labelled = any(worker["labels"] for worker in workers)
-    columns = ["WORKER", "STATE", "RUNS", "GPUS" if with_gpus else "", "~HOST", "#PID", "#MEMORY", "#OLDEST"]
+    busy = wide and any({"gpu_busy", "gpu_bytes"} & worker["vitals"].keys() for worker in workers)
+    columns = [
+        "WORKER",
+        "STATE",
+        "RUNS",
+        "GPUS" if with_gpus else "",
+        "#GPU" if busy else "",
+        "#GPU MEMORY" if busy else "",
+    ]
+    columns += ["~HOST", "#PID", "#CPU", "#MEMORY", "#OLDEST"]
     table = _table(*(column for column in columns if column), *(["~LABELS"] if labelled else []))
     for worker in workers:
         vitals = worker["vitals"]
@@ -208,9 +217,13 @@ def worker_table(workers: Sequence[Mapping[str, Any]]) -> RenderableType:
             _runs(worker),
         ]
         cells += [",".join(worker["gpus"]) or Text("–", "dim")] if with_gpus else []
+        cells += (
+            [_share(vitals.get("gpu_busy")), size(vitals["gpu_bytes"]) if "gpu_bytes" in vitals else ""] if busy else []
+        )
         cells += [
             worker["hostname"],
             str(worker["pid"]),
+            _share(vitals.get("cpu_share")),
             size(vitals["rss"]) if vitals.get("rss") else "",
             duration(oldest_s) if oldest_s else Text("–", "dim"),
         ]
@@ -223,6 +236,11 @@ def _runs(worker: Mapping[str, Any]) -> str | Text:
     if worker["replica"] is not None:
         return f"{worker['replica']}.{worker['rank']}"
     return f"spare of {worker['spare_of']}" if worker.get("spare_of") else Text("–", "dim")
+
+
+def _share(share: float | None) -> str:
+    """`140%`: of one core, or of all a worker's GPUs."""
+    return "" if share is None else f"{share:.0%}"
 
 
 def troubles(services: Sequence[Mapping[str, Any]], verbose: bool = False) -> list[Text]:

@@ -1,6 +1,7 @@
 """The figures of a service as its users read them (X4): the latest that the broker pushed, or fresh ones when awaited.
 
-`service.get_metrics()` gives a `LatestMetrics`: usable at once, or `await service.get_metrics()` for the broker's
+The keys below are the original's and always there; what the broker tells beyond them is there as well, under its names
+(docs/observability.md). `service.get_metrics()` gives a `LatestMetrics`: usable at once, or `await service.get_metrics()` for the broker's
 answer of now. The names are the original service's, so that dashboards written for it read on.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
+
+from forge_contract.messages import spread
 
 SERVICE_KEYS = {
     "total_sessions": 0,
@@ -47,17 +50,27 @@ class ReplicaMetrics:
         return f"<ReplicaMetrics {self.idx} {self.active_requests} active, {self.queue_depth} queued>"
 
 
+def _rows(columns: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Replicas come as columns, with their numbers in `idx` (PROTOCOL.md §7)."""
+    # One replica, or many that are alike, which replicas' numbers never are.
+    found = columns.get("idx")
+    numbers = [] if found is None else found if isinstance(found, list) else [found]
+    spreads = {name: spread(values, len(numbers)) for name, values in columns.items() if name != "idx"}
+    return {idx: {name: values[at] for name, values in spreads.items()} for at, idx in enumerate(numbers)}
+
+
 class Metrics:
     """A service's figures as attributes (`SERVICE_KEYS`, `sessions_per_replica`), those of its replicas by index in
     `replica_metrics`, and both as plain dicts in `summary`."""
 
     def __init__(self, snapshot: Any = None) -> None:
         given = snapshot if isinstance(snapshot, dict) else {}
-        self.service: dict[str, Any] = {**SERVICE_KEYS, "sessions_per_replica": {}, **(given.get("service") or {})}
-        self.replica_metrics = {
-            int(idx): ReplicaMetrics(int(idx), figures)
-            for idx, figures in sorted((given.get("replicas") or {}).items())
-        }
+        rows = _rows(given.get("replicas") or {})
+        told: dict[str, Any] = given.get("service") or {}
+        # Told are only those that have sessions.
+        sessions = {**dict.fromkeys(sorted(rows), 0), **(told.get("sessions_per_replica") or {})}
+        self.service: dict[str, Any] = {**SERVICE_KEYS, **told, "sessions_per_replica": sessions}
+        self.replica_metrics = {idx: ReplicaMetrics(idx, rows[idx]) for idx in sorted(rows)}
 
     def __getattr__(self, name: str) -> Any:
         figures: dict[str, Any] = self.__dict__.get("service", {})

@@ -11,6 +11,7 @@ Peers speak through links (hello, numbering: `links`); what they say goes to `di
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 from typing import Any, Final
 
 from forge_broker.core.actions import Action, Look, Send, Sweep, Watch
@@ -311,7 +312,9 @@ class Broker:
                 self._hello(route, link, envelope, message, now)
             elif message[0] == messages.HEARTBEAT and len(message) == 2 and isinstance(message[1], dict):
                 if link is not None:
-                    link.vitals = {name: one for name, one in message[1].items() if isinstance(one, (int, float))}
+                    link.vitals = {
+                        name: one for name, one in message[1].items() if isinstance(one, (int, float)) and isfinite(one)
+                    }
             elif message[0] == messages.PROBE:
                 self._probed(route, link, envelope, now)
             else:

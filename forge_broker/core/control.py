@@ -11,6 +11,7 @@ from forge_broker.core.clients import Client
 from forge_broker.core.dead_letters import DeadLetter
 from forge_broker.core.drains import Drains
 from forge_broker.core.lifecycle import Lifecycle
+from forge_broker.core.metrics import metrics
 from forge_broker.core.scaling import Scaling
 from forge_broker.core.services import Service
 from forge_broker.core.sessions import Sessions
@@ -169,7 +170,7 @@ class Control:
         return status.service_state(self._service(fields), now)
 
     def _metrics(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
-        return status.metrics(self._service(fields), now)
+        return metrics(self._service(fields), now)
 
     def _status(self, client: Client, number: int, fields: dict[str, Any], now: float) -> Answer:
         return status.broker_status(self._state, now)

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from operator import add as add_counts
 from operator import sub
 from typing import Any, Final, NamedTuple
 
@@ -53,11 +54,6 @@ class Histogram(NamedTuple):
         into = (wanted - seen[at - 1]) / self.counts[at]
         return above * into if not below else below * (above / below) ** into
 
-    def told(self) -> list[tuple[float, int]]:
-        """Calls up to each bound that a scrape is told, without the last, which is all of them."""
-        seen = list(accumulate(self.counts))
-        return [(BOUNDS[at], seen[at]) for at in TOLD]
-
     def snapshot(self) -> dict[str, Any]:
         """Seconds."""
         return {
@@ -72,7 +68,7 @@ class Histogram(NamedTuple):
 def merged(several: Iterable[Histogram]) -> Histogram:
     counts, sum_s = [0] * (len(BOUNDS) + 1), 0.0
     for one in several:
-        counts = list(map(int.__add__, counts, one.counts))
+        counts = list(map(add_counts, counts, one.counts))
         sum_s += one.sum_s
     return Histogram(counts, sum_s)
 

@@ -79,6 +79,7 @@ class Scaling:
         service.sizing.remember(decision, wanted, now)
         if not decision.delta:
             return
+        service.stats.scaled(decision.delta, decision.rule)
         why = f"{decision.rule}: {decision.reason}"
         self._state.note("info", "service scaled", service=service.name, replicas=wanted, was=service.wanted, why=why)
         service.resize(wanted)

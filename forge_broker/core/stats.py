@@ -13,6 +13,7 @@ from forge_broker.core.latency import Latency
 
 WINDOW_S = 60.0
 _BUCKETS = 60
+RULES_AT_MOST: Final = 50  # of one service, with their directions
 
 
 class Window:
@@ -108,5 +109,9 @@ class ServiceStats:
         self.scalings: Counter[tuple[str, str]] = Counter()  # by direction ("up", "down") and the rule that fired
 
     def scaled(self, delta: int, rule: str) -> None:
-        """The service got so many replicas more, or fewer, by this rule (X1): one event, however large."""
-        self.scalings["up" if delta > 0 else "down", rule] += 1
+        """The service got so many replicas more, or fewer, by this rule (X1): one event, however large. A policy of the user's may name
+        its rules as it likes, so not all of them are kept apart."""
+        event = ("up" if delta > 0 else "down", rule)
+        if event not in self.scalings and len(self.scalings) >= RULES_AT_MOST:
+            event = (event[0], "other")
+        self.scalings[event] += 1

@@ -1,4 +1,4 @@
-"""What the broker looks like from outside: plain dicts for `forge status`, `state()`, `get_metrics()` and `forge explain`.
+"""What the broker looks like from outside: plain dicts for `forge status`, `state()` and `forge explain`.
 
 Reads `state`, changes nothing. Costs a walk over replicas and workers, never over calls or sessions one by one (except where one is
 asked for), so that a broker with a million queued calls, or of idle sessions, answers at once.
@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Final
 
 from forge_broker.core.dead_letters import DeadLetter
+from forge_broker.core.metrics import batches
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica
 from forge_broker.core.requests import Gather
@@ -47,6 +48,16 @@ def broker_status(state: State, now: float) -> dict[str, Any]:
         "checkpoint_bytes": state.checkpoint_bytes,
         "fenced_replies": state.ledger.fenced,
         "counters": dict(state.counters),
+    }
+
+
+def broker_life(state: State, now: float) -> dict[str, Any]:
+    """What whoever runs the broker looks at most often: is it well, is it at work."""
+    return {
+        "uptime_s": round(now - state.started_at, 3),
+        "loop_lag_s": round(state.loop_lag_s(now), 3),
+        "recovering": state.window is not None,
+        "draining": bool(state.terminating),
     }
 
 
@@ -92,7 +103,7 @@ def service_state(service: Service, now: float) -> dict[str, Any]:
             "why": service.preload_why,
         },
         "queues": dict(queues),
-        "batches": _batches(service),
+        "batches": batches(service),
         "active_sessions": sorted(shown),
         "sessions": len(service.sessions),
         "session_replica_map": {sid: service.pins[sid] for sid in shown if sid in service.pins},
@@ -190,44 +201,6 @@ def dead_letter(letter: DeadLetter, now: float) -> dict[str, Any]:
         "died": round(now - letter.died_at, 3),  # seconds ago
         "why": letter.why,
         "bytes": letter.size,
-    }
-
-
-def _batches(service: Service) -> dict[str, Any]:
-    return {one.name: one.batcher.stats.snapshot() for one in service.endpoints if one.batcher is not None}
-
-
-def metrics(service: Service, now: float) -> dict[str, Any]:
-    """X4, with the original's names. Queue depth counts endpoint queues and parked calls, over healthy replicas."""
-    replicas = service.replicas.values()
-    healthy = len(service.pool.members)
-    queued = sum(queue.length for queue in service.queues) + sum(replica.parked.length for replica in replicas)
-    return {
-        "service": {
-            # Not the original's: by endpoint that batches, `BatchStats.snapshot`.
-            **({"batches": _batches(service)} if service.batches else {}),
-            "total_sessions": len(service.sessions),
-            "healthy_replicas": healthy,
-            "total_replicas": len(service.replicas),
-            "total_request_rate": sum(replica.stats.window.rate(now) for replica in replicas),
-            "avg_queue_depth": queued / max(1, healthy),
-            "avg_capacity_utilization": sum(replica.capacity_utilization for replica in service.pool) / max(1, healthy),
-            "sessions_per_replica": {replica.idx: replica.sessions for replica in replicas},
-        },
-        "replicas": {
-            replica.idx: {
-                "total_requests": replica.stats.total,
-                "successful_requests": replica.stats.succeeded,
-                "failed_requests": replica.stats.failed,
-                "request_rate": replica.stats.window.rate(now),
-                "avg_latency": replica.stats.window.mean_latency_s(now),
-                "active_requests": replica.active,
-                "queue_depth": replica.parked.length,
-                "assigned_sessions": replica.sessions,
-                "capacity_utilization": replica.capacity_utilization,
-            }
-            for replica in replicas
-        },
     }
 
 

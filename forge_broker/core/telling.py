@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from forge_broker.core.clients import Client
+from forge_broker.core.metrics import metrics
 from forge_broker.core.services import Service
 from forge_broker.core.state import State
-from forge_broker.core.status import metrics
 from forge_contract.framing import Payload
 from forge_contract.messages import ANSWER, NOTICE, RESIZED
 
@@ -50,12 +50,13 @@ class Telling:
         if service is None:
             return
         service.metrics_at = 0.0
+        snapshot = metrics(service, now)
         for name in list(service.watchers):
             link = self._state.links.get(name)
             if link is None:
                 service.watchers.discard(name)
             elif link.channel.kept_bytes < NEWS_AT_MOST_BYTES:
-                link.post([NOTICE, "metrics", {"service": service_id, "snapshot": metrics(service, now)}])
+                link.post([NOTICE, "metrics", {"service": service_id, "snapshot": snapshot}])
                 self._state.deliver(link)
 
     def describe(self, service: Service, now: float) -> dict[str, Any]:

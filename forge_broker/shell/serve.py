@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
@@ -63,6 +63,9 @@ from forge_contract.addresses import is_loopback
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import ConfigError
 
+if TYPE_CHECKING:
+    from forge_broker.shell.http_door import HttpDoor
+
 # Plain ints: pyzmq's flag enums cost more than the call they are passed to.
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE = int(zmq.SNDMORE)
@@ -96,6 +99,7 @@ class Server:
         self._scaler: LocalScaler | None = None
         self._segments: Segments | None = None
         self._broker: Broker | None = None
+        self._http: HttpDoor | None = None
 
     def run(self, ready: Callable[[list[str]], None]) -> int:
         wake_in, wake_out = sockets.socketpair()
@@ -105,7 +109,7 @@ class Server:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
         try:
-            self._start()
+            self._start(wake_out)
             ready([one.address for one in self._bound])
             self._loop(wake_in)
         finally:
@@ -115,7 +119,7 @@ class Server:
             wake_out.close()
         return 0
 
-    def _start(self) -> None:
+    def _start(self, wake: sockets.socket) -> None:
         config = self._config
         log_dir = None
         if not config.embedded and config.log_dir is not None:
@@ -127,6 +131,14 @@ class Server:
             self._log.write(Note("info", "listening", {"address": one.address, "trust": trust}))
             if not is_loopback(one.address):
                 self._log.write(Note("warning", "reachable from other machines, unencrypted", {"address": one.address}))
+        if config.http is not None:
+            from forge_broker.shell.http_door import HttpDoor
+
+            self._http = HttpDoor(config, wake, self._log.write)
+            if not is_loopback(f"tcp://{config.http}"):
+                self._log.write(
+                    Note("warning", "reachable from other machines, unencrypted", {"address": self._http.url})
+                )
         # Workers we launch come in by the most trusted of our addresses.
         home = max(self._bound, key=lambda one: one.trusted)
         self._segments = _segments(home)
@@ -148,6 +160,9 @@ class Server:
                 recovering=orphaned,
             )
         )
+        if self._http is not None:
+            self._http.open()
+            self._log.write(Note("info", "serving http", {"url": self._http.url}))
         # What exists now lives as long as we do; a collection every 700 allocations would look at it for every few calls.
         gc.collect()
         gc.freeze()
@@ -204,6 +219,8 @@ class Server:
         assert self._scaler is not None
         if descriptor == wake.fileno():
             wake.recv(4096)
+            if self._http is not None and self._broker is not None:
+                self._http.answer(self._broker.state, now)
             for told in self._scaler.reap():
                 self._event(told, now)
         elif descriptor == self._scaler.fileno():
@@ -313,6 +330,8 @@ class Server:
             router.send(frame, flags, copy=len(frame) < UNCOPIED_FROM)
 
     def _stop(self) -> None:
+        if self._http is not None:
+            self._http.close()
         if self._scaler is not None:
             self._scaler.kill_all()
             self._scaler.close()

@@ -21,6 +21,8 @@ def load(options: Mapping[str, Any], environ: Mapping[str, str], file: Path | No
     """`options`: what was said on the command line (None: not said). `file`: a TOML file with a table [broker]; by default
     FORGE_CONFIG, or ~/.config/forge/forge.toml if there is one. Raises ConfigError with every problem."""
     settings: dict[str, Any] = {**read_table("broker", file, environ), **_from_environ(environ)}
+    if options.get("embedded"):
+        settings.pop("http", None)  # meant for the broker of this machine: a program's own would find the port taken
     settings.update({name: value for name, value in options.items() if value is not None})
     if not settings.get("bind"):
         settings["bind"] = (default_address({**environ, "FORGE_BROKER": ""}, os.getuid()),)

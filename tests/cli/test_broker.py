@@ -9,10 +9,12 @@ import select
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cli.running import BOUND_S, Place, Started, command
 
@@ -35,6 +37,29 @@ def test_ctrl_c_ends_the_broker_and_all_it_runs(place: Place) -> None:
         _, alive = psutil.wait_procs(below, timeout=BOUND_S)
         assert not alive
     assert place.forge("status").code == 69
+
+
+def test_what_prometheus_is_told_comes_from_real_workers(place: Place) -> None:
+    """X3, F1: the variable is obeyed, and calls, replicas and the processes' own figures are on the page."""
+    with place.start_broker(FORGE_HTTP="127.0.0.1:0") as broker:
+        url = json.loads(broker.wait_for(lambda line: "serving http" in line))["url"]
+        assert place.forge("deploy", "app:Gen", "--name", "gen").code == 0
+        for argument in ("1", '"x"'):
+            place.forge("call", "gen.predict", argument)
+        with urllib.request.urlopen(f"{url}/metrics", timeout=BOUND_S) as answer:
+            page = answer.read().decode()
+        series = {sample.name: sample for one in text_string_to_metric_families(page) for sample in one.samples}
+        found = {
+            (sample.labels["outcome"], sample.value)
+            for one in text_string_to_metric_families(page)
+            for sample in one.samples
+            if sample.name == "forge_calls_total" and sample.labels["endpoint"] == "predict" and sample.value
+        }
+        assert found == {("ok", 1.0), ("raised", 1.0)}
+        assert series["forge_worker_memory_bytes"].labels["replica"] == "gen/0"
+        assert series["forge_worker_memory_bytes"].value > 1 << 20
+        assert series["forge_worker_cpu_seconds_total"].value > 0.0
+        assert broker.interrupt() == 0
 
 
 def test_a_second_broker_on_the_same_address_is_refused(place: Place) -> None:

@@ -62,7 +62,7 @@ def worker(**fields: Any) -> dict[str, Any]:
         "labels": {},
         "replica": "gen/0",
         "rank": 0,
-        "vitals": {"rss": 350 << 20, "oldest_s": 0.4},
+        "vitals": {"rss": 350 << 20, "oldest_s": 0.4, "cpu_share": 1.25, "gpu_busy": 0.37, "gpu_bytes": 3 << 30},
         **fields,
     }
 
@@ -224,6 +224,13 @@ def test_labels_and_gpus_have_columns_only_where_there_are_some() -> None:
     assert "GPUS" not in bare
     assert "LABELS" not in bare
     assert "zone=a" in shown(worker_table([worker(labels={"zone": "a"})]), width=200)
+
+
+def test_workers_say_how_busy_they_and_their_gpus_are_where_there_is_room_for_it() -> None:
+    wide = shown(worker_table([worker(), worker(vitals={})], wide=True), width=200)
+    assert "125%" in wide
+    assert "37%     3.0 GiB" in wide
+    assert "37%" not in shown(worker_table([worker()]), width=200)
 
 
 def test_a_worker_that_has_sent_no_heartbeat_yet_is_shown_too() -> None:

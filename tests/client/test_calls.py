@@ -452,7 +452,10 @@ async def test_an_actor_that_began_anew_shows_it(broker: Served) -> None:
 async def test_metrics_are_the_latest_pushed_or_fresh_when_awaited(broker: Served) -> None:
     """X4"""
     service = await Gen.as_service()
-    figures = {"service": {"total_request_rate": 2.5, "healthy_replicas": 1}, "replicas": {0: {"request_rate": 2.5}}}
+    figures = {
+        "service": {"total_request_rate": 2.5, "healthy_replicas": 1},
+        "replicas": {"idx": 0, "request_rate": 2.5},
+    }
     assert service.get_metrics().get_total_request_rate() == 0.0
     broker.broker.notice("metrics", {"service": 1, "snapshot": figures})
     broker.turn()

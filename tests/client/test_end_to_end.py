@@ -242,6 +242,8 @@ async def test_metrics_and_state_have_the_names_of_the_original() -> None:
     summary = await service.get_metrics_summary()
     assert summary["service"]["healthy_replicas"] == 1
     assert {"request_rate", "avg_latency", "capacity_utilization"} <= summary["replicas"][0].keys()
+    assert metrics.endpoints["add"]["outcomes"] == {"ok": 10}
+    assert 0.0 < metrics.latency["run"]["p50"] <= metrics.latency["run"]["p99"] < 60.0
     assert metrics.get_avg_capacity_utilization(service._replicas) >= 0.0
     assert (await service.state())["replicas"][0]["state"] == "HEALTHY"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forge_contract.addresses import check_address, default_address, ipc_path, is_loopback
+from forge_contract.addresses import check_address, default_address, ipc_path, is_loopback, read_http
 from forge_contract.config import AutoscalingConfig, BrokerConfig, EndpointOptions, ServiceConfig
 from forge_contract.errors import ConfigError
 
@@ -114,6 +114,29 @@ def test_what_is_no_address_is_told(address: str) -> None:
     """A3."""
     with pytest.raises(ConfigError):
         check_address(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "read"),
+    [
+        ("127.0.0.1:8266", ("127.0.0.1", 8266)),
+        ("localhost:0", ("localhost", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+    ],
+)
+def test_http_is_served_at_a_host_and_a_port(address: str, read: tuple[str, int]) -> None:
+    assert BrokerConfig(http=address).http == address
+    assert read_http(address) == read
+
+
+@pytest.mark.parametrize(
+    "address", ["", "8266", ":8266", "localhost", "::1:8266", "[]:1", "http://a:1", "a:65536", "a:x", "a:-1", "a:٣"]
+)
+def test_what_is_no_host_and_port_is_told_with_the_other_problems(address: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        BrokerConfig(http=address, max_workers=-1)
+    assert "is not host:port, such as 127.0.0.1:8266" in str(caught.value)
+    assert "max_workers" in str(caught.value)
 
 
 def test_only_what_cannot_be_reached_from_elsewhere_is_loopback() -> None:

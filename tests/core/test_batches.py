@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from forge_broker.core.metrics import metrics
 from forge_broker.core.requests import Request, Slice
-from forge_broker.core.status import metrics
 from forge_contract.errors import (
     CallCancelled,
     CallTimeout,

@@ -116,6 +116,7 @@ class Machine(RuleBasedStateMachine):
         self.dead: list[Rank] = []
         self.mute: set[str] = set()  # alive, on another host, and not heard
         self.clients: list[ClientPeer] = []
+        self.buried = 0  # calls of clients that are gone
         self.controls: list[tuple[ClientPeer, int]] = []
         self.opened: dict[str, ClientPeer] = {}
         self.count = 0
@@ -176,6 +177,15 @@ class Machine(RuleBasedStateMachine):
                 if known is not None and known.replica is not None and known.replica.healthy:
                     assert self.model.weights in worker.had, f"{worker.name} serves without {self.model.weights!r}"
 
+    @invariant()
+    def every_call_is_counted_once_by_how_it_ended(self) -> None:
+        """X3: whoever answered it, and whether anybody still waited."""
+        service = self.bench.state.names.get("Echo") if hasattr(self, "bench") else None
+        if service is not None:
+            made = self.buried + sum(client.sequence for client in self.clients)
+            unanswered = sum(len(client.calls) for client in self.bench.state.clients.values())
+            assert sum(sum(one.stats.outcomes.values()) for one in service.endpoints) == made - unanswered
+
     def serves(self) -> bool:
         return "Echo" in self.bench.state.names
 
@@ -187,6 +197,7 @@ class Machine(RuleBasedStateMachine):
     def client_dies(self, which: int) -> None:
         if len(self.clients) > 1:
             client = self.clients.pop(which % len(self.clients))
+            self.buried += client.sequence
             self.bench.handle(ProcessGone(client.name))
             self.controls = [one for one in self.controls if one[0] is not client]
             self.opened = {sid: owner for sid, owner in self.opened.items() if owner is not client}

@@ -27,6 +27,14 @@ def test_the_default_address_is_the_users_own_private_one() -> None:
     assert config.log_dir == "/run/user/7/forge/logs"
 
 
+def test_the_place_of_http_is_meant_for_the_broker_of_the_machine_and_not_for_a_programs_own(tmp_path: Path) -> None:
+    """A1: its port would be taken, and the program would not start."""
+    environ = {"FORGE_HTTP": "127.0.0.1:8266", "HOME": str(tmp_path)}
+    assert load({}, environ).http == "127.0.0.1:8266"
+    assert load({"embedded": True}, environ).http is None
+    assert load({"embedded": True, "http": "127.0.0.1:0"}, environ).http == "127.0.0.1:0"
+
+
 def test_variables_of_other_programs_are_left_alone() -> None:
     load({}, {"FORGE_TEST_RUN": "x", "FORGE_BROKER": "tcp://a:1", "HOME": "/nowhere"})
 

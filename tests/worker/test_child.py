@@ -352,6 +352,7 @@ def test_the_heart_beats_while_the_loop_stands_still(broker: FakeBroker) -> None
         broker.call(0, (1, (0.6,)))
         broker.until(lambda: any(beat["lag_s"] > 0.2 and beat["oldest_s"] > 0.2 for beat in broker.beats), "late beat")
         assert broker.beats[-1]["rss"] > 1 << 20
+        assert broker.beats[-1]["cpu_s"] > broker.beats[0]["cpu_s"] > 0.0
         broker.replies(1)
 
 
