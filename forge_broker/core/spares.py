@@ -194,9 +194,9 @@ class Spares:
         while len(service.spares) < config.warm_spares:
             processes, gpus = self._spared()
             if processes < config.world or len(gpus) < needed:
-                also = f" and {needed} GPUs, of which {max(0, len(gpus))} are spared," if needed else ""
-                why = f"no room: it needs {config.world} processes below max_workers, of which {max(0, processes)} are spared,{also}"
-                self._wait(service, why.rstrip(","))
+                also = f" and {needed} GPUs ({len(gpus)} to spare)" if needed else ""
+                left = f"{max(0, processes)} to spare below max_workers"
+                self._wait(service, f"no room: one takes {config.world} processes ({left}){also}")
                 return
             self._make(service, gpus, now)
         if not service.spare_deaths:
