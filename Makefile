@@ -1,5 +1,5 @@
 # make demo    real work through the broker: examples/digits.py
-# make test    every test
+# make test    every test, two at a time: make test JOBS=8 where there are more cores
 # make lint    ruff, mypy --strict, import-linter
 # make chaos   60 s in which a worker is killed every second; then callers' and workers' histories are compared. More of
 #              it: make chaos CHAOS="--everything --hand-started 2", and `python bench/chaos.py --help`
@@ -24,9 +24,14 @@ INPUTS := pyproject.toml setup.cfg constraints.txt
 # packages come from.
 unexport CI CONTINUOUS_INTEGRATION BUILD_NUMBER GITHUB_ACTIONS GITLAB_CI TF_BUILD
 unexport COLUMNS LINES FORCE_COLOR NO_COLOR CLICOLOR CLICOLOR_FORCE PY_COLORS TTY_COMPATIBLE TTY_INTERACTIVE
-unexport PYTEST_ADDOPTS PYTEST_PLUGINS HYPOTHESIS_PROFILE MYPYPATH PYTHONHOME PYTHONPATH PYTHONWARNINGS PYTHONSAFEPATH
+unexport PYTEST_ADDOPTS PYTEST_PLUGINS PYTEST_XDIST_AUTO_NUM_WORKERS HYPOTHESIS_PROFILE
+unexport MYPYPATH PYTHONHOME PYTHONPATH PYTHONWARNINGS PYTHONSAFEPATH
+# The tests start hundreds of interpreters, and each would compile every module of ours anew.
+unexport PYTHONDONTWRITEBYTECODE
 unexport $(filter FORGE_%,$(.VARIABLES))
 
+# For the tests: how many at a time.
+JOBS ?= 2
 # For bench/chaos.py.
 CHAOS ?=
 # For bench/targets.py.
@@ -44,7 +49,7 @@ demo: $(VENV)/.for-demo
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/.for-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 lint: $(VENV)/.for-dev
 	$(BIN)/ruff check .

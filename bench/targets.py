@@ -6,8 +6,8 @@
 
 A row runs in a process of its own, which ends before the next begins. Where it is compared with `zmq.proxy` (libzmq's, one message for each
 call) that runs in turn with it, run by run. Marks are given to medians: a figure *holds*, or it *does not*. Exit code 1 when one does not
-hold or could not be measured. How the rows are measured is in `through_the_broker` (real processes) and `core_alone` (the broker's core
-with no socket around it).
+hold or could not be measured. How the rows are measured is in `through_the_broker` (real processes), `core_alone` (the broker's core
+with no socket around it) and `simulated_hour`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Final, NamedTuple
 if not __package__:  # run as a plain script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import core_alone, through_the_broker
+from bench import core_alone, simulated_hour, through_the_broker
 from bench.chaos_processes import MARK, end_all
 from bench.closed_loop import spread
 from bench.effort import Effort, Figures, Measure, NotHere
@@ -230,6 +230,19 @@ ROWS: Final = (
             Target("status_ms", "`status`, ms", most=50.0, digits=1),
         ),
         apart=True,
+        once=True,
+    ),
+    Row(
+        "simulated_hour",
+        "an hour of 100 calls/s, simulated",
+        "no sockets, virtual time, 0 B, 2 to 8 replicas, room 10",
+        simulated_hour.simulated_hour,
+        (
+            # On a core of its own the two are the same; on a shared machine the wall tells of the neighbours.
+            Target("cpu_s", "CPU, s", most=15.0, digits=1),
+            Target("wall_s", "wall time, s", digits=1),
+            Target("us", "µs a call", digits=1),
+        ),
         once=True,
     ),
     Row(

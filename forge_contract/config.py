@@ -375,13 +375,24 @@ class ServiceConfig:
         if not isinstance(fields, dict):
             raise ConfigError(where="ServiceConfig", message=f"a map was expected, not {type(fields).__name__}")
         _refuse_unknown("ServiceConfig", cls.known_options(), fields)
+        problems = _Problems()
         autoscaling = fields.get("autoscaling")
         if isinstance(autoscaling, dict):
-            _refuse_unknown("AutoscalingConfig", field_names(AutoscalingConfig), autoscaling)
-            fields = {**fields, "autoscaling": AutoscalingConfig(**autoscaling)}
+            made = AutoscalingConfig()
+            try:
+                _refuse_unknown("AutoscalingConfig", field_names(AutoscalingConfig), autoscaling)
+                made = AutoscalingConfig(**autoscaling)
+            except ConfigError as error:
+                problems.extend(f"autoscaling: {problem}" for problem in error.fields["problems"])
+            fields = {**fields, "autoscaling": made}
         if isinstance(fields.get("fatal_errors"), list):  # a tuple, before it travelled
             fields = {**fields, "fatal_errors": tuple(fields["fatal_errors"])}
-        return cls(**fields)
+        try:
+            config = cls(**fields)
+        except ConfigError as error:
+            problems.extend(error.fields["problems"])
+        problems.tell("ServiceConfig")
+        return config
 
 
 _OF_BATCHES: Final = ("batch_weight", "batch_max_weight", "batch_key", "batch_eager", "batch_sessions", "collate")

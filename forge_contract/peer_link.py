@@ -220,7 +220,7 @@ class PeerLink:
         channel = self.channel
         number = channel.next_number()
         frames = outbox.seal(self.name, channel.epoch, self.incarnation, number, channel.received)
-        size = weigh(frames)
+        size = len(frames[0]) if len(frames) == 1 else weigh(frames)
         channel.keep(frames, size, now)
         self.on_sealed(number, size)
         return frames

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 DEFAULT_MOST: Final = 10  # replicas, where max_replicas is not given: one machine's worth, and no surprise on a bill
 # A removal has to leave the rest this far below the threshold for adding: their noise comes on top of it.
-HEADROOM: Final = 0.9
+HEADROOM: Final = 0.8
 # How long low load is waited for at most, after removals that were taken back: twice an hour, no service flaps more often.
 MOST_PATIENCE_S: Final = 3600.0
+NOISE: Final = 1.0  # replicas' worth of work: by so much load may differ from what it was, and be the same
 MOST_ASKED: Final = 1_000_000  # of a custom policy's number, more is the same: it may be too long to print
 _NOTHING: Final = 1e-3  # of a call or of a replica's work: what decays never reaches zero
 
@@ -87,7 +88,10 @@ class PolicyState(NamedTuple):
     load: float = 0.0  # replicas' worth of work, smoothed
     rate: float = 0.0  # calls/s, smoothed
     peak: float = 0.0  # the highest `load` of late, while it is low; forgotten as slowly as a removal is waited for
-    regrets: int = 0  # removals in a row that were soon taken back
+    regrets: int = (
+        0  # one for a removal that was soon taken back, two if it was by noise, less one for each that lasted
+    )
+    load_then: float = 0.0  # `load` when a replica was last removed
     seen_at: float | None = None
 
     def seen(self, observation: Observation, config: AutoscalingConfig, now: float) -> PolicyState:
@@ -130,18 +134,27 @@ class PolicyState(NamedTuple):
         """The state after replicas were added or removed, by a decision or by hand."""
         if delta > 0:
             return self._replace(last_up=now)
-        return self._replace(last_down=now) if delta < 0 else self
+        return self._replace(last_down=now, load_then=self.load) if delta < 0 else self
 
     def regretting(self, config: AutoscalingConfig, now: float) -> PolicyState:
-        """The state when load asks for a replica more: if one was removed only just now, the next removal waits twice as long."""
+        """The state when load asks for a replica more. If the last removal is taken back at once, the next one waits twice as long; if
+        it lasted, half as long.
+
+        Four times as long when it is taken back within an hour for hardly more load than there was then: that is noise, which asks
+        again however long low load was waited for, so that a wait of minutes must soon become one of an hour.
+        """
         if self.last_down is None or (self.last_up is not None and self.last_up > self.last_down):
             return self
-        soon = now - self.last_down <= self.patience_s(config)
-        return self._replace(regrets=min(self.regrets + 1, 32) if soon else 0)
+        lasted_s = now - self.last_down
+        if self.load <= self.load_then + NOISE and lasted_s <= MOST_PATIENCE_S:
+            change = 2
+        else:
+            change = 1 if lasted_s <= self.patience_s(config) else -1
+        return self._replace(regrets=min(max(0, self.regrets + change), 32))
 
     def patience_s(self, config: AutoscalingConfig) -> float:
-        """How long load has to be low before a replica goes: `scale_down_idle_time_threshold`, doubled for each removal in a
-        row that was taken back within it, up to an hour."""
+        """How long load has to be low before a replica goes: `scale_down_idle_time_threshold`, doubled for each regret,
+        up to an hour."""
         least = config.scale_down_idle_time_threshold
         return max(least, min(least * 2.0**self.regrets, MOST_PATIENCE_S))
 
@@ -274,7 +287,7 @@ class _Case(NamedTuple):
             return self.says(0, "limits", f"load is low, and min_replicas={limits.least}")
         low_s, patience = self.now - state.low_since, state.patience_s(config)
         if low_s < patience:
-            again = f", doubled after {state.regrets} removals taken back" if state.regrets else ""
+            again = ", longer for removals that were taken back" if state.regrets else ""
             return self.says(0, "low", f"load is low for {low_s:.1f} of {patience:g} s{again}")
         if seen.healthy < config.min_healthy_replicas_ratio * seen.replicas:
             ratio = f"min_healthy_replicas_ratio={config.min_healthy_replicas_ratio:g}"
@@ -349,7 +362,7 @@ def evaluate(
         answer = policy.decide(observation, config, limits, state, now)
         decision = _as_decision(answer, observation)
     except Exception as error:
-        flaw, why = "raised", f"{type(policy).__name__} raised {type(error).__name__}: {error}"
+        flaw, why = "raised", f"{type(policy).__name__} raised {type(error).__name__}: {_text(error)}"
         decision = Decision(0, flaw, why[:500], observation.figures())
     else:
         if decision is None:
@@ -364,6 +377,13 @@ def evaluate(
     if decision.delta > 0 and decision.rule in _FROM_LOAD:
         state = state.regretting(config, now)
     return Evaluation(decision, state.after(decision.delta, now), flaw)
+
+
+def _text(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # it is the user's class
+        return "an error without a text"
 
 
 def _as_decision(answer: object, observation: Observation) -> Decision | None:

@@ -7,6 +7,7 @@ last test is over, because a worker that outlives its broker is exactly what thi
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,12 @@ EXIT_GRACE_S = 10.0
 
 for name in [name for name in os.environ if name.startswith("FORGE_")]:
     del os.environ[name]
-os.environ[MARK] = uuid.uuid4().hex
+os.environ[MARK] = uuid.uuid4().hex  # of tests that are run side by side, each process has its own
+
+# A shell without job control starts what it sends to the background with Ctrl-C ignored, and what is ignored is inherited: a command
+# under test would not hear the signal that its test sends. A handler is not inherited.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline measures the machine, and this suite runs where two cores are shared with worker processes.
 # Derandomised: a run of the suite proves the same every time; who wants to search on says `--hypothesis-profile=search`.

@@ -1,7 +1,6 @@
 """The examples run as a user runs them: as programs, on the embedded broker, in processes of their own.
 
-Small settings, because two cores are shared with everything else, and two at a time, because most of what an example takes is its
-processes' imports, and some of that one after another; what they print is judged, not how fast they are.
+Small settings, because two cores are shared with everything else; what they print is judged, not how fast they are.
 Nothing may be left running: `conftest` looks for that at the end.
 """
 
@@ -12,19 +11,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-AT_A_TIME = 2
 PLOT = Path(tempfile.gettempdir()) / f"autoscale-{os.getpid()}.png"
 BOUND_S = 110.0  # importing torch in ten processes takes long on a machine that is busy with something else
 
-pytestmark = pytest.mark.timeout(2 * BOUND_S + 10)  # an example may have to wait for the one before it
+pytestmark = pytest.mark.timeout(BOUND_S + 10)
 
 
 def run(example: str, *arguments: str) -> str:
@@ -43,18 +39,9 @@ def run(example: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, ...], Future[str]]]:
-    """What the examples print, of those that are asked for."""
-    pool = ThreadPoolExecutor(AT_A_TIME)
-    asked = [item.callspec.params.get("told") for item in request.session.items if hasattr(item, "callspec")]
-    yield {command: pool.submit(run, *command) for command in asked if command is not None}
-    pool.shutdown(cancel_futures=True)
-
-
 @pytest.fixture
-def told(request: pytest.FixtureRequest, runs: dict[tuple[str, ...], Future[str]]) -> str:
-    return runs[request.param].result()
+def told(request: pytest.FixtureRequest) -> str:
+    return run(*request.param)
 
 
 def example(*command: str) -> pytest.MarkDecorator:

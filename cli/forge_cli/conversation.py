@@ -6,12 +6,14 @@ Our hello says `detached`: nothing that was deployed ends with a command. Errors
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from forge_cli.terminal import spinner
 
 if TYPE_CHECKING:
     import socket
+    from asyncio import AbstractEventLoop
 
     from forge_client.client import Client
 
@@ -27,15 +29,18 @@ def converse(
     *,
     waiting: str = "waiting for the broker",
     patient: bool = False,
+    loop: Callable[[], AbstractEventLoop] | None = None,
 ) -> T:
-    """What `ask` gives, asked over a connection of its own; `waiting` is said meanwhile on a terminal.
+    """What `ask` gives, asked over a connection of its own; `waiting` is said meanwhile on a terminal (nothing: `ask` shows itself).
 
     `patient`: wait for a broker that is not there yet, as a script wants that has just started it. Others hear at once that
-    nobody listens there. Raises BrokerUnreachable, BrokerLost, VersionMismatch, and what `ask` raises.
+    nobody listens there. `loop`: makes the event loop, for who needs another than the usual one. Raises BrokerUnreachable,
+    BrokerLost, VersionMismatch, and what `ask` raises.
     """
     import asyncio
 
-    return asyncio.run(_converse(address, ask, waiting, patient))
+    with asyncio.Runner(loop_factory=loop) as runner:
+        return runner.run(_converse(address, ask, waiting, patient))
 
 
 async def _converse(address: str, ask: Callable[[Client], Awaitable[T]], waiting: str, patient: bool) -> T:
@@ -47,7 +52,7 @@ async def _converse(address: str, ask: Callable[[Client], Awaitable[T]], waiting
         connecting = connect(address, detached=True)
         await connecting
     async with connecting as client:
-        with spinner(waiting):
+        with spinner(waiting) if waiting else nullcontext():
             return await ask(client)
 
 

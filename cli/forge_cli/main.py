@@ -1,9 +1,9 @@
 """The `forge` command: one group of commands, and what an error becomes on the way out.
 
 Each command lives with its like: `broker`, `worker`, `look` (status, workers, explain), `services` (deploy, call, stop), `upkeep`
-(drain, restart), `scaling` (scale, why-scale), `dead`, `doctor`. None of these modules imports the broker, the worker, the client or rich
-before one of its commands runs: `forge --help` has to be there at once. Commands raise the library's errors as they come; here, and
-only here, they are turned into a text and an exit code.
+(drain, restart), `scaling` (scale, why-scale), `load`, `simulate`, `dead`, `doctor`. None of these modules imports the broker, the
+worker, the client or rich before one of its commands runs: `forge --help` has to be there at once. Commands raise the library's errors as
+they come; here, and only here, they are turned into a text and an exit code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from forge_cli import broker, dead, doctor, look, scaling, services, upkeep, worker
+from forge_cli import broker, dead, doctor, load, look, scaling, services, simulate, upkeep, worker
 from forge_cli.exits import EXIT_INTERRUPTED, failure_of
 
 EPILOG = """\b
@@ -71,6 +71,8 @@ for command in (
     upkeep.restart,
     scaling.scale,
     scaling.why_scale,
+    load.load,
+    simulate.simulate,
     dead.dead,
     doctor.doctor,
 ):

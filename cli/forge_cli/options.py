@@ -1,14 +1,75 @@
-"""What several commands take: `--broker`, and KEY=VALUE pairs."""
+"""What several commands take: `--broker`, KEY=VALUE pairs, durations and rates."""
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(ms|s|min|m|h)")
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic for type checkers alone, and only since click 8.2
+    """`500ms`, `30s`, `5m`, `1h30m`; a number alone is seconds. The command gets seconds."""
+
+    name = "duration"
+
+    def __init__(self, *, least_s: float = 0.0, most_s: float = math.inf, zero: bool = False) -> None:
+        self._least_s = least_s
+        self._most_s = most_s
+        self._zero = zero
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, (int, float)):
+            return float(value)
+        seconds = read_seconds(value)
+        if seconds is None:
+            self.fail(f"{value!r} is no duration, such as 500ms, 30s, 5m or 1h30m", param, ctx)
+        if seconds == 0 and self._zero:
+            return 0.0
+        if seconds <= 0 or not self._least_s <= seconds <= self._most_s:
+            least = f"{self._least_s:g} s" if self._least_s else "more than nothing"
+            most = f", at most {self._most_s:g} s" if math.isfinite(self._most_s) else ""
+            self.fail(f"{value!r} is out of range: at least {least}{most}", param, ctx)
+        return seconds
+
+
+class Rate(click.ParamType):  # type: ignore[type-arg]  # as above
+    """Calls a second."""
+
+    name = "rate"
+
+    def __init__(self, *, most: float) -> None:
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            rate = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number of calls a second, such as 500 or 0.5", param, ctx)
+        if not 0 < rate <= self._most:
+            self.fail(f"{value!r} is no rate: above 0 and at most {self._most:,.0f} calls a second", param, ctx)
+        return rate
+
+
+def read_seconds(text: str) -> float | None:
+    """None for what is no duration."""
+    bare = text.strip().lower()
+    try:
+        seconds = float(bare)
+    except ValueError:
+        parts = _PART.findall(bare)
+        if not parts or re.sub(r"\s", "", bare) != "".join(number + unit for number, unit in parts):
+            return None
+        return math.fsum(float(number) * _UNITS_S[unit] for number, unit in parts)
+    return seconds if math.isfinite(seconds) else None
 
 
 def broker_option(command: Command) -> Command:

@@ -66,13 +66,7 @@ def deploy(
       forge deploy app.models:Trainer --procs 4 --option stop_grace_s=30
     """
     keywords = {key: read_value(value) for key, value in split_pairs(arguments, "--arg").items()}
-    chosen = {key: read_value(value) for key, value in split_pairs(options, "--option").items()}
-    flags = {"name": name, "num_replicas": replicas, "procs": procs, "with_gpus": with_gpus or None}
-    chosen |= {key: value for key, value in flags.items() if value is not None}
-    if isinstance(chosen.get("autoscaling"), dict):
-        from forge_contract.config import ServiceConfig
-
-        chosen["autoscaling"] = ServiceConfig.from_wire({"autoscaling": chosen["autoscaling"]}).autoscaling
+    chosen = read_options(options, name=name, num_replicas=replicas, procs=procs, with_gpus=with_gpus or None)
     cls = load_class(target).options(**chosen, detached=True)
     began = time.monotonic()
     service, told = converse(
@@ -108,11 +102,7 @@ def call(endpoint: str, arguments: str | None, timeout: float | None, broker: st
       forge call gen.version --timeout 5      version()
       cat image.json | forge call digits.classify -
     """
-    service, dot, method = endpoint.rpartition(".")
-    if not (dot and service and method):
-        raise click.BadParameter(
-            f"{endpoint!r} is no SERVICE.ENDPOINT, such as gen.predict", param_hint="SERVICE.ENDPOINT"
-        )
+    service, method = split_endpoint(endpoint)
     positional, keywords = read_arguments(arguments)
     import_from_here()  # a result may be of a class that is defined here
     result = converse(
@@ -138,6 +128,26 @@ def stop(service: str, broker: str) -> None:
     click.echo(f"{service} is stopped")
 
 
+def split_endpoint(text: str) -> tuple[str, str]:
+    """`gen.predict` as service and endpoint. Raises click.BadParameter."""
+    service, dot, method = text.rpartition(".")
+    if not (dot and service and method):
+        raise click.BadParameter(f"{text!r} is no SERVICE.ENDPOINT, such as gen.predict", param_hint="SERVICE.ENDPOINT")
+    return service, method
+
+
+def read_options(pairs: tuple[str, ...], **flags: Any) -> dict[str, Any]:
+    """The options of ServiceConfig that a command line gives: those of --option, and flags that are not None. Raises
+    click.BadParameter and ConfigError."""
+    chosen = {key: read_value(value) for key, value in split_pairs(pairs, "--option").items()}
+    chosen |= {key: value for key, value in flags.items() if value is not None}
+    if isinstance(chosen.get("autoscaling"), dict):
+        from forge_contract.config import ServiceConfig
+
+        chosen["autoscaling"] = ServiceConfig.from_wire({"autoscaling": chosen["autoscaling"]}).autoscaling
+    return chosen
+
+
 def load_class(target: str) -> type[ForgeActor]:
     """The class behind `module:Class`, imported from the current directory. Raises Misused, with the user's own traceback when it
     is the user's module that raised."""
@@ -155,7 +165,7 @@ def load_class(target: str) -> type[ForgeActor]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise _broken(module_name, error) from error
         raise Misused(
-            f"there is no module {error.name!r} in {os.getcwd()} or on Python's path; run `forge deploy` where `import "
+            f"there is no module {error.name!r} in {os.getcwd()} or on Python's path; run this where `import "
             f"{module_name}` works",
         ) from error
     except Exception as error:
@@ -230,18 +240,24 @@ def signature(method: Any) -> str:
 async def _call(
     service: str, method: str, positional: list[Any], keywords: dict[str, Any], timeout: float | None
 ) -> Any:
-    from forge_client import ActorHandle, UnknownEndpoint, get_service
+    from forge_client import ActorHandle
+
+    handle, endpoint = await find_endpoint(service, method, timeout)
+    if isinstance(handle, ActorHandle):
+        return await endpoint.call(*positional, **keywords)
+    return await endpoint.route(*positional, **keywords)
+
+
+async def find_endpoint(service: str, method: str, timeout: float | None) -> tuple[Any, Any]:
+    """The handle that runs under this name, and its endpoint. Raises UnknownService and UnknownEndpoint, with the closest names."""
+    from forge_client import UnknownEndpoint, get_service
 
     handle = await get_service(service)
     known = (await handle.bound()).targets
     if method not in known:
         raise UnknownEndpoint(name=method, owner=service, known=list(known))
     endpoint = getattr(handle, method)
-    if timeout is not None:
-        endpoint = endpoint.options(timeout=timeout)
-    if isinstance(handle, ActorHandle):
-        return await endpoint.call(*positional, **keywords)
-    return await endpoint.route(*positional, **keywords)
+    return handle, endpoint if timeout is None else endpoint.options(timeout=timeout)
 
 
 def read_arguments(text: str | None) -> tuple[list[Any], dict[str, Any]]:

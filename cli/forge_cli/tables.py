@@ -394,6 +394,9 @@ def _table(*columns: str) -> Table:
     return table
 
 
+plain_table = _table  # what other pages are made of, too
+
+
 def _number(value: int) -> str | Text:
     return f"{value:,}" if value else Text("0", "dim")
 

@@ -123,11 +123,11 @@ class _Endpoint:
             return target.client.own(payload, target.label, share=not target.replay_last)
         return payload
 
-    def _extras(self, session: str | None, rank: int | None, said: Said = NOTHING_SAID) -> Extras | None:
-        if self._plain and session is None and rank is None and said.key is None and said.weight is None:
+    def _extras(self, rank: int | None, said: Said = NOTHING_SAID) -> Extras | None:
+        if self._plain and rank is None and said.key is None and said.weight is None:
             return None
         deadline = None if self._timeout is None else _now() + self._timeout
-        return Extras(deadline, session, self._options.priority, self._options.hints, rank, said.key, said.weight)
+        return Extras(deadline, self._options.priority, self._options.hints, rank, said.key, said.weight)
 
     def _say(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Said:
         """What the broker has to know to batch this call. Raises BadCall. Needs a bound endpoint."""
@@ -144,8 +144,8 @@ class _Endpoint:
         said: Said = NOTHING_SAID,
     ) -> None:
         client = target.client
-        extras = self._extras(session, rank, said)
-        seq = client.link.submit(target.id, payload, waiter, extras, order, said.shape)
+        extras = self._extras(rank, said)
+        seq = client.link.submit(target.id, payload, waiter, extras, order, said.shape, session)
         if extras is not None and extras.deadline is not None and self._timeout is not None:
             client.guard(seq, extras.deadline, self._timeout)
         if session is not None and (opened := target.binding.sessions.get(session)) is not None:
@@ -182,17 +182,19 @@ class _Endpoint:
         return self._handle.later(submit)
 
 
-def _quick_route(target: Target, reader: Reader, in_calls: bool) -> Callable[[tuple[Any, ...]], Call | None]:
-    """`route` for most calls: by position, with plain arguments that fit, no options, no session. Any other gives None, with
-    nothing done, and goes the long way, where everything is asked. A function with all it needs at hand, because half of
-    what a call costs the client is Python's steps from here to the columns. `in_calls`: the shapes of calls matter (B2).
+def _quick_route(
+    target: Target, reader: Reader, in_calls: bool
+) -> Callable[[tuple[Any, ...], str | None], Call | None]:
+    """`route` for most calls: by position, with plain arguments that fit, no options. Any other gives None, with nothing done, and goes
+    the long way, where everything is asked. A function with all it needs at hand, because half of what a call costs the client is
+    Python's steps from here to the columns. `in_calls`: the shapes of calls matter (B2).
     """
     client, binding, endpoint = target.client, target.binding, target.id
     least, most = target.least, target.most
     link, submit, new_future = client.link, client.link.submit, client.loop.create_future
     when_done, context = client.when_done, client.context
 
-    def route(args: tuple[Any, ...]) -> Call | None:
+    def route(args: tuple[Any, ...], session: str | None) -> Call | None:
         if binding.over is not None or not least <= len(args) <= most:
             return None
         payload = encode_plain_call(args)
@@ -200,7 +202,11 @@ def _quick_route(target: Target, reader: Reader, in_calls: bool) -> Callable[[tu
             return None
         call: Call = new_future()
         call.add_done_callback(when_done, context=context)  # as `Client.new_call`
-        if in_calls:
+        if session is not None:
+            submit(endpoint, payload, (call, reader), None, None, len(args) if in_calls else 0, session)
+            if (opened := binding.sessions.get(session)) is not None:
+                opened.used = True
+        elif in_calls:
             submit(endpoint, payload, (call, reader), None, None, len(args))
         else:
             submit(endpoint, payload, (call, reader))
@@ -216,7 +222,9 @@ class ServiceEndpoint(_Endpoint):
 
     _reader: Reader
     _fan_reader: FanoutReader
-    _quick: Callable[[tuple[Any, ...]], Call | None] | None = None  # `route` of what is quickly said, once bound
+    _quick: Callable[[tuple[Any, ...], str | None], Call | None] | None = (
+        None  # `route` of what is quickly said, once bound
+    )
 
     def _learn(self, binding: Binding, target: Target) -> None:
         how: dict[str, Any] = {
@@ -237,10 +245,6 @@ class ServiceEndpoint(_Endpoint):
         Awaiting it gives the value (of rank 0, or a ValueMesh, see `return_first_rank_result`), or raises what the
         endpoint raised. BadCall, SerializationError, PayloadTooLarge, Overloaded and SessionClosed are raised at once.
         """
-        if self._quick is not None and sess_id is None and not kwargs and not active_sessions.get():
-            quick = self._quick(args)
-            if quick is not None:
-                return quick
         target = self._target or self._bound()
         if target is None:
 
@@ -250,6 +254,8 @@ class ServiceEndpoint(_Endpoint):
             return self._later(send, args, kwargs)
         if sess_id is None and active_sessions.get():
             sess_id = session_of(target.binding)
+        if self._quick is not None and not kwargs and (quick := self._quick(args, sess_id)) is not None:
+            return quick
         payload = self._encode(target, args, kwargs)
         said = self._say(args, kwargs)
         call = target.client.new_call()
@@ -257,7 +263,7 @@ class ServiceEndpoint(_Endpoint):
         return call
 
     def _route(self, target: Target, call: Call, payload: Payload, session: str | None, said: Said) -> None:
-        self._submit(target, (call, self._reader), payload, session, session, None, said)
+        self._submit(target, (call, self._reader), payload, session, None, None, said)
 
     def fanout(self, *args: Any, **kwargs: Any) -> Answer:
         """Call every healthy replica; awaiting it gives their values in replica order. Sessions play no part.
@@ -280,7 +286,7 @@ class ServiceEndpoint(_Endpoint):
         reader = self._fan_reader
         if target.replay_last:
             reader = reader.replaying(partial(target.binding.keep_replay, target.id, payload))
-        extras = self._extras(None, None)
+        extras = self._extras(None)
         seq = client.link.fanout(target.id, payload, (call, reader), extras)
         if extras is not None and extras.deadline is not None and self._timeout is not None:
             client.guard(seq, extras.deadline, self._timeout)

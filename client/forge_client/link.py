@@ -126,9 +126,10 @@ class ClientLink(PeerLink):
         extras: Extras | None = None,
         order: Hashable | None = None,
         shape: int = 0,
+        session: str | None = None,
     ) -> int:
-        """Call an endpoint once; returns the sequence number. `shape`: see `batching`. Raises Overloaded when the link's
-        credit is used up."""
+        """Call an endpoint once; returns the sequence number. `shape`: see `batching`; a session is an order as well. Raises Overloaded
+        when the link's credit is used up."""
         size = len(payload) if type(payload) is bytes else payload_bytes(payload)
         self._turn_bytes += size
         if self._turn_bytes + self.channel.kept_bytes > self.link_bytes:
@@ -137,10 +138,13 @@ class ClientLink(PeerLink):
         run = self._open.get(endpoint)
         if run is None or len(run.seqs) == CALLS_A_MESSAGE or run.shape != shape:
             run = self._run_of(endpoint, shape)
-        if order is not None:
-            if self._last.get(order, 0) > run.place:
+        if session is not None or order is not None:
+            behind = order if session is None else session
+            if self._last.get(behind, 0) > run.place:
                 run = self._new_run(endpoint, shape)
-            self._last[order] = run.place
+            self._last[behind] = run.place
+        if session is not None or run.sessions is not None:
+            run.add_session(session)
         if extras is not None or run.extras is not None:
             run.add_extras(extras)
         run.seqs.append(seq)
@@ -297,7 +301,9 @@ class ClientLink(PeerLink):
     def hello_fields(self) -> dict[str, Any]:
         # Before its first welcome a client has nothing that any broker could have known.
         declared = self._listener.declares() if self.welcomes else None
-        if declared is None and self.welcomes and (self.unanswered or self._controls):
+        # What was given up is not said again: a broker would wait for it as long as it can.
+        waiting = bool(self._controls) or any(waiter is not None for waiter in self.unanswered.values())
+        if declared is None and self.welcomes and waiting:
             declared = Declared([], [], [])
         self._declared = declared
         return {
@@ -311,7 +317,7 @@ class ClientLink(PeerLink):
                 "services": declared.services,
                 "sessions": declared.sessions,
                 "replays": declared.replays,
-                "waiting": bool(self.unanswered or self._controls),
+                "waiting": waiting,
             },
         }
 

@@ -24,7 +24,6 @@ class Extras(NamedTuple):
     """What a call may say beside its arguments; None instead of it when everything is default."""
 
     deadline: float | None = None  # of the link's clock; travels as seconds remaining
-    session: str | None = None
     priority: int = 0
     hints: dict[str, Any] | None = None
     rank: int | None = None
@@ -35,7 +34,7 @@ class Extras(NamedTuple):
 class Run:
     """Consecutive calls of one endpoint, and one shape, on their way into one message; or one fan-out."""
 
-    __slots__ = ("again", "endpoint", "extras", "kind", "payloads", "place", "seqs", "shape")
+    __slots__ = ("again", "endpoint", "extras", "kind", "payloads", "place", "seqs", "sessions", "shape")
 
     def __init__(self, kind: int, endpoint: int, place: int, shape: int = 0) -> None:
         self.kind = kind
@@ -45,7 +44,14 @@ class Run:
         self.again = False  # said before, to the broker's predecessor
         self.seqs: list[int] = []
         self.payloads: list[Payload] = []
+        self.sessions: list[str | None] | None = None  # None: no call is of one
         self.extras: list[Extras | None] | None = None
+
+    def add_session(self, session: str | None) -> None:
+        """That of the call that is added next."""
+        if self.sessions is None:
+            self.sessions = [None] * len(self.seqs)
+        self.sessions.append(session)
 
     def add_extras(self, extras: Extras | None) -> None:
         """What the call says that is added next; of those before, which said nothing, that they did."""
@@ -62,6 +68,8 @@ class Run:
             columns["again"] = True
         if self.shape:
             columns["shape"] = self.shape
+        if self.sessions is not None:
+            columns["session"] = column(self.sessions)
         return [CALLS, self.endpoint, self.seqs, sizes, columns]
 
     def left(self, unanswered: Mapping[int, Any]) -> Run | None:
@@ -77,6 +85,8 @@ class Run:
         rest.again = self.again
         rest.seqs = [self.seqs[at] for at in wanted]
         rest.payloads = [self.payloads[at] for at in wanted]
+        if self.sessions is not None:
+            rest.sessions = [self.sessions[at] for at in wanted]
         if self.extras is not None:
             rest.extras = [self.extras[at] for at in wanted]
         return rest
@@ -119,7 +129,6 @@ def _columns(extras: list[Extras | None], now: float) -> dict[str, Any]:
     rows = [extra or _NOTHING_EXTRA for extra in extras]
     wanted: dict[str, list[Any]] = {
         "timeout": [None if row.deadline is None else max(0.0, row.deadline - now) for row in rows],
-        "session": [row.session for row in rows],
         "priority": [row.priority for row in rows],
         "hints": [row.hints for row in rows],
         "rank": [row.rank for row in rows],

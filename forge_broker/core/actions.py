@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 from forge_broker.core.events import Route
 
@@ -103,5 +104,9 @@ class Note(NamedTuple):
 class Exit(NamedTuple):
     """All is stopped: the shell may end."""
 
+
+# By the tuple's own `__new__`, one of each for every envelope: the named one takes its fields one by one, in Python.
+send: Final = partial(tuple.__new__, Send)
+deliver: Final = partial(tuple.__new__, Deliver)
 
 Action = Send | Deliver | Launch | Unload | Label | Kill | KillPeer | Watch | Look | Unlink | Sweep | Note | Exit

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any, Final
 
-from forge_broker.core.actions import Action, Look, Send, Sweep, Watch
+from forge_broker.core.actions import Action, Look, Send, Sweep, Watch, send
 from forge_broker.core.answers import Answers
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.claims import Asked
@@ -159,12 +159,12 @@ class Broker:
         link.delivering = False
         if not len(link.outbox):
             return None
-        if isinstance(link, Worker):
+        if type(link) is Worker:
             link.settle()
         frames = link.pack(now)
         if link.timer_at > now + ACK_AFTER_S:
             self._set_timer(link)
-        return Send(link.route, frames)
+        return send((link.route, frames))
 
     def _settled(self, now: float) -> list[Action]:
         """The event is over: look after those who wait for what it may have brought about."""
@@ -254,7 +254,10 @@ class Broker:
             state.counters["wrong_trust"] += 1
             return
         try:
-            if len(frames) > 1 and (link is None or link.unshared is not None) and any(map(is_handle, frames[1:])):
+            # Of who is unknown nothing is read but its hello. What it numbers was for a predecessor of ours, with whom it may well have
+            # shared memory: it is asked who it is, as it would be with small arguments.
+            barred = not envelope.number if link is None else link.unshared is not None
+            if len(frames) > 1 and barred and any(map(is_handle, frames[1:])):
                 raise ProtocolError("a handle to shared memory from a peer that has none with us")
             if envelope.number:
                 self._numbered(route, link, envelope, now)
@@ -268,7 +271,7 @@ class Broker:
             self._gone(envelope.sender, f"it broke the protocol: {error}", now)
 
     def _numbered(self, route: Route, link: Link | None, envelope: Envelope, now: float) -> None:
-        if link is None or not self._current(link, envelope):
+        if link is None or envelope.epoch != link.channel.epoch or envelope.incarnation != self.state.incarnation:
             self._send_unnumbered(route, envelope.epoch, [[messages.WHO]])
             return
         link.heard_at = now
@@ -279,9 +282,9 @@ class Broker:
             self.state.counters["out_of_order"] += 1
             self._set_timer(link)
             return
-        if isinstance(link, Client):
+        if type(link) is Client:
             self._from_client(link, envelope, now)
-        elif isinstance(link, Worker):
+        elif type(link) is Worker:
             if link.state is WorkerState.LOST:
                 self._heard_again(link, now)
             self._from_worker(link, envelope, now)
@@ -459,10 +462,12 @@ class Broker:
     def _from_client(self, client: Client, envelope: Envelope, now: float) -> None:
         payloads = envelope.payloads
         for message in envelope.body:
-            if message[0] == messages.BYE:
+            if message[0] == messages.CALLS and self.state.window is None:
+                self.intake.calls(client, message, payloads, now)
+            elif message[0] == messages.BYE:
                 self._client_gone(client, "it said bye", now)
                 return
-            if self.state.window is None or is_answered_at_once(message):
+            elif self.state.window is None or is_answered_at_once(message):
                 self._client_wants(client, message, payloads, now)
             else:
                 self.rebuild.lay_aside(client, message, payloads, now)

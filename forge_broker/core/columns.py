@@ -16,6 +16,7 @@ from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED
 BATCHING = ("shape", "key", "weight")  # what a batch is made by, with `batcher.PLAIN` where nothing is said
 _COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "again", *BATCHING})
 _STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED})
+_INT = frozenset({int})  # and no bool
 _NOT_FIELDS = frozenset({"timeout", "again", *BATCHING})
 
 
@@ -120,4 +121,4 @@ def read_states(message: list[Any], payloads: Payloads) -> tuple[list[str], list
 
 
 def _ints(values: Any) -> bool:
-    return isinstance(values, list) and set(map(type, values)) <= {int}
+    return isinstance(values, list) and _INT.issuperset(map(type, values))

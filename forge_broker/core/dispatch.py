@@ -339,21 +339,20 @@ class Dispatch:
         that shape."""
         state = self._state
         client, endpoint = one.client, one.endpoint
-        ids, sizes, packed = one.columns()
         one.holder, one.held = replica, state.ledger.held[replica.key]
         one.started_at = now
-        room = len(ids)
+        room = len(one.left)
         if shape is not None:
             one.batch, one.batching = Batch(room), (shape, None, 1.0)
             room = 1
-        stands = dict.fromkeys(ids, one)
+        stands = dict.fromkeys(one.left, one)
         one.held.update(stands)
         client.calls.update(stands)
         if endpoint.hang_timeout_s is not None:
             self.watch(replica, endpoint, now)
         replica.pool.took(replica, room)  # type: ignore[union-attr]  # it has room, so it is in a pool
         worker = replica.ranks[0]
-        worker.add_slice(ids, sizes, packed, client.trusted, endpoint, batch=shape is not None)
+        worker.add_slice(one)
         state.deliver(worker)
 
     def _send(self, requests: list[Request], worker: Worker, now: float) -> None:

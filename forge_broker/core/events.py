@@ -5,7 +5,8 @@ The grain of `Received` is an envelope, not a request (C2): one event may carry 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 Route = tuple[int, bytes]
 """Where a peer is reached: which of the broker's addresses, and the routing id ZeroMQ gave the connection."""
@@ -16,6 +17,11 @@ class Received(NamedTuple):
 
     route: Route
     frames: list[Any]
+
+
+received: Final = partial(
+    tuple.__new__, Received
+)  # what it costs to name the fields is paid for every envelope otherwise
 
 
 class Unroutable(NamedTuple):

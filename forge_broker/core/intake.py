@@ -5,6 +5,7 @@ Whole columns at a time where there can be many (C2); the queues are pumped once
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, Final
 
 from forge_broker.core.answers import Answers
@@ -31,7 +32,7 @@ from forge_contract.errors import (
     UnknownSession,
 )
 from forge_contract.framing import Payload, Payloads, weigh
-from forge_contract.messages import DROPPED, UNTOUCHED, request_id, sequence_of
+from forge_contract.messages import DROPPED, UNTOUCHED, request_id, sequence_of, spread
 
 PRUNE_FROM: Final = 10_000  # deadlines; below it, looking for outdated ones is not worth it
 
@@ -73,6 +74,11 @@ class Intake:
             limit = endpoint.service.config.max_queued_requests
             if endpoint.batcher is None and endpoint.queue.length + len(sequences) <= limit:
                 self._wait_as_one(client, endpoint, sequences, sizes, packed, now)
+                return
+            payloads = Payloads(packed, ())
+        elif new and min(sizes) >= 0 and columns.keys() == {"session"} and endpoint.batcher is None:
+            packed = payloads.take_packed(sizes)
+            if self._to_their_sessions(client, endpoint, sequences, sizes, packed, columns["session"], now):
                 return
             payloads = Payloads(packed, ())
         self._one_by_one(client, endpoint, sequences, payloads.take_all(sizes), columns, now)
@@ -161,6 +167,55 @@ class Intake:
         """Whether nobody waits before new calls of this endpoint, and there is room."""
         service = endpoint.service
         return bool(not service.ready and not endpoint.queue.length and service.pool.roomy)
+
+    def _to_their_sessions(
+        self,
+        client: Client,
+        endpoint: Endpoint,
+        sequences: list[int],
+        sizes: list[int],
+        packed: bytes,
+        sessions: list[str | None] | str,
+        now: float,
+    ) -> bool:
+        """Dispatch calls of sessions that live on replicas with room for all of them, behind nobody: a slice to each replica. False, and
+        nothing was done, where something has to be decided for one of them: it is new, lost, or kept for a suspect; what its replica should
+        take has to wait; or its calls run one at a time (S3)."""
+        service: Service = endpoint.service
+        if service.exports or service.ready or service.suspects.length or service.config.world > 1:
+            return False
+        known, pins = service.sessions, service.pins
+        shares: dict[int, list[int]] = {}  # replica → places in the columns
+        sids = spread(sessions, len(sequences))
+        for at, sid in enumerate(sids):
+            session = known.get(sid)
+            idx = pins.get(sid)
+            if session is None or idx is None or session.lost or session.unpinned:
+                return False
+            if idx in shares:
+                shares[idx].append(at)
+            else:
+                shares[idx] = [at]
+        for idx, places in shares.items():
+            replica = service.replicas[idx]
+            if not replica.has_room or replica.parked.length or len(places) > replica.limit - replica.active:
+                return False
+        for sid in sids:
+            known[sid].used_at = now
+        base = request_id(client.id, 0)
+        ends = list(accumulate(sizes))
+        for idx, places in shares.items():
+            ids = [base + sequences[at] for at in places]
+            share = [sizes[at] for at in places]
+            one = Slice(
+                ids, share, b"".join([packed[ends[at] - sizes[at] : ends[at]] for at in places]), client, endpoint, now
+            )
+            one.sessions = {key: sids[at] for key, at in zip(ids, places, strict=True)}
+            self._dispatch.slice(one, service.replicas[idx], now)
+        client.accepted += len(sequences)
+        client.held_bytes += len(packed)
+        self._state.held_bytes += len(packed)
+        return True
 
     def _wait_as_one(
         self, client: Client, endpoint: Endpoint, sequences: list[int], sizes: list[int], packed: bytes, now: float

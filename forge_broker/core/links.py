@@ -99,7 +99,7 @@ class Link:
         frames = self.outbox.seal(BROKER_NAME, channel.epoch, self.incarnation, number, channel.received)
         if len(frames) > 1 and self.unshared is not None:
             frames[1:] = [self.unshared(frame) if is_handle(frame) else frame for frame in frames[1:]]
-        channel.keep(frames, weigh(frames), now)
+        channel.keep(frames, len(frames[0]) if len(frames) == 1 else weigh(frames), now)
         return frames
 
     def unnumbered(self, body: list[Message]) -> list[Frame]:

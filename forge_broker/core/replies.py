@@ -67,8 +67,13 @@ class Replies:
         plain = attempts == 1 and statuses == OK and bool(sizes) and min(sizes) >= 0
         runs: list[tuple[Slice | None, int]] = [(None, len(ids))]
         if plain:  # calls that are held by themselves are taken together, like all that is not plain
-            holders = [one if type(one) is Slice else None for one in map(held.get, ids)]
-            runs = [(one, sum(1 for _ in run)) for one, run in groupby(holders)]
+            found = set(map(held.get, ids))
+            if len(found) == 1:
+                (only,) = found
+                runs = [(only if type(only) is Slice else None, len(ids))]
+            else:
+                holders = [one if type(one) is Slice else None for one in map(held.get, ids)]
+                runs = [(one, sum(1 for _ in run)) for one, run in groupby(holders)]
         at = 0
         for one, count in runs:
             end = at + count
@@ -95,6 +100,12 @@ class Replies:
             bytes_ += left.pop(key)
             del calls[key]
             del held[key]
+        if one.sessions is not None:
+            known = ends.replica.service.sessions
+            for sid in map(one.sessions.pop, ids):
+                if (session := known.get(sid)) is not None:
+                    session.used_at = now  # a call that ran until now was use until now
+                    session.ran = True
         self._state.held_bytes -= bytes_
         client.held_bytes -= bytes_
         client.answered += len(ids)

@@ -113,6 +113,9 @@ class Request:
         self.batch: Batch | None = None  # that it is in flight with
         self.batching: tuple[int, Any, float] | None = None  # call shape, key, weight, where it says any (B2)
 
+    def is_of(self, session: str) -> bool:
+        return self.session == session
+
 
 class Gather:
     """A fan-out under way: fixed targets, one reply made of their parts (A5). Stands in `Client.calls` for all of them."""
@@ -147,8 +150,8 @@ class Batch:
 
 class Slice:
     """Calls of one envelope that go one way, held as one (C2): of one client to one endpoint, with nothing but small arguments, never tried
-    before. It waits in its endpoint's queue, or is in flight on one replica; in flight it may be a batch of such calls, with `batching` as
-    its Requests would have it. A Slice stands for each of them in `Client.calls`, and in the ledger.
+    before. It waits in its endpoint's queue, or is in flight on one replica; in flight its calls may be of `sessions` that live there, or a
+    batch, with `batching` as its Requests would have it. A Slice stands for each of them in `Client.calls`, and in the ledger.
 
     Who needs one in flight by itself splits it first (`Client.call`, `Ledger.of`): they are Requests from then on. One that waits is not
     split for that, as a queue has no places between: it gives Requests that are `shown` for its calls and in no book, by which they can be
@@ -170,10 +173,10 @@ class Slice:
         "holder",
         "left",
         "queued_at",
+        "sessions",
         "started_at",
     )
 
-    session: None = None  # calls of sessions are Requests
     attempt = 0  # while it waits
 
     def __init__(self, ids: list[int], sizes: list[int], packed: bytes, client: Any, endpoint: Any, now: float) -> None:
@@ -185,6 +188,7 @@ class Slice:
         self.started_at = 0.0
         self.batch: Batch | None = None
         self.batching: tuple[int, Any, float] | None = None
+        self.sessions: dict[int, str] | None = None  # by id, of all its calls or of none
         self.left = dict(zip(ids, sizes, strict=True))  # not ended: id → bytes of its arguments
         self._ids = ids
         self._sizes = sizes
@@ -192,6 +196,10 @@ class Slice:
         self._at = 0  # in `_ids` and `_sizes`: those before have been taken
         self._start = 0  # in `_packed`, the same
         self._starts: dict[int, int] | None = None  # in `_packed`, by id, once somebody has looked at one by itself
+
+    def is_of(self, session: str) -> bool:
+        """Whether one of those left is."""
+        return self.sessions is not None and session in self.sessions.values()
 
     @property
     def place(self) -> int:
@@ -249,5 +257,7 @@ class Slice:
                 request.holder = self.holder
                 request.batch = self.batch
                 request.batching = self.batching
+                if self.sessions is not None:
+                    request.session = self.sessions[key]
                 calls[key] = self.held[key] = request
         self.left = {}

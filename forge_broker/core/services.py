@@ -385,8 +385,10 @@ def read_policy(
             given = unpickle(code)
         else:
             given = load(str(named), [entry for entry in spec.get("path") or () if isinstance(entry, str)])
+        return make_policy(given)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(
             where="autoscaling", message=f"{what} cannot be loaded in the broker: {type(error).__name__}: {error}"
         ) from error
-    return make_policy(given)

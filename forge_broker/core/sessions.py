@@ -117,7 +117,5 @@ class Sessions:
         if idx is None:
             return False
         replica = service.replicas[idx]
-        held = self._state.ledger.held[replica.key].values()
-        return any(request.session == sid for request in held) or any(
-            request.session == sid for request in replica.parked
-        )
+        held = set(self._state.ledger.held[replica.key].values())
+        return any(one.is_of(sid) for one in held) or any(request.is_of(sid) for request in replica.parked)

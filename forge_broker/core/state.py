@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from forge_broker.core.actions import Action, Deliver, Note
+from forge_broker.core.actions import Action, Note, deliver
 from forge_broker.core.claims import Claim, Window
 from forge_broker.core.clients import Client
 from forge_broker.core.dead_letters import DeadLetters
@@ -170,7 +170,7 @@ class State:
         """Something was put into this peer's outbox."""
         if not link.delivering:
             link.delivering = True
-            self.actions.append(Deliver(link.name))
+            self.actions.append(deliver((link.name,)))
 
     def note(self, level: str, event: str, **fields: Any) -> None:
         self.actions.append(Note(level, event, fields))

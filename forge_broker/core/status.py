@@ -130,7 +130,7 @@ def _scaling(service: Service, now: float) -> dict[str, Any]:
     return {
         "wanted": service.wanted,
         "limits": list(service.config.limits),
-        "policy": None if service.sizing.policy is None else repr(service.sizing.policy)[:100],
+        "policy": None if service.sizing.policy is None else type(service.sizing.policy).__name__[:100],
         "last_decision": decided[-1].shown(now) if decided else None,
         "last_change": acted[-1].shown(now) if acted else None,
     }

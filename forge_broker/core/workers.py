@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any, Final
 
 from forge_broker.core.links import Link
-from forge_broker.core.requests import Request
+from forge_broker.core.requests import Request, Slice
 from forge_contract.messages import DISPATCH, DROP, FORGET, SETTLED
 
 
@@ -190,11 +190,11 @@ class Worker(Link):
         group[6] += self.outbox.attach_all([request.payload for request in requests])
         group[7]["batches"].append(len(requests))
 
-    def add_slice(
-        self, ids: list[int], sizes: list[int], packed: bytes, trusted: bool, endpoint: Any, *, batch: bool
-    ) -> None:
+    def add_slice(self, one: Slice) -> None:
         """`add_dispatch`, or `add_batch`, for calls on their first attempt with nothing but small arguments, which are side by side."""
-        flags = (_CLIENT if endpoint.ordered else 0) | (_BATCHES if batch else 0)
+        ids, sizes, packed = one.columns()
+        endpoint, trusted, batch, sessions = one.endpoint, one.client.trusted, one.batch is not None, one.sessions
+        flags = (_CLIENT if endpoint.ordered else 0) | (_BATCHES if batch else 0) | (_SESSION if sessions else 0)
         group = self.group
         if group is None or group[2] != endpoint.method or group[3] is not trusted or self._flags != flags:
             group = self._open_dispatch(trusted, endpoint, flags)
@@ -203,6 +203,8 @@ class Worker(Link):
         group[6] += sizes
         if batch:
             group[7]["batches"].append(len(ids))
+        if sessions:
+            group[7]["session"] += sessions.values()
         self.outbox.attach_packed(packed)
 
     def _open_dispatch(self, trusted: bool, endpoint: Any, flags: int) -> list[Any]:

@@ -45,13 +45,13 @@ from forge_broker.core.broker import Broker
 from forge_broker.core.events import (
     Event,
     ProcessGone,
-    Received,
     Route,
     Stalled,
     Stopped,
     Terminate,
     Unroutable,
     Watched,
+    received,
 )
 from forge_broker.core.state import State
 from forge_broker.scalers.local import LocalScaler
@@ -249,7 +249,7 @@ class Server:
             while part.more:
                 part = recv(_NOBLOCK, copy=False)
                 frames.append(part)
-            self._carry_out(handle(Received((at, routing_id), frames), now), now)
+            self._carry_out(handle(received(((at, routing_id), frames)), now), now)
             if not int(router.get(_EVENTS)) & _POLLIN:  # cheaper than the exception of one receive too many
                 return
 

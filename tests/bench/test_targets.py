@@ -77,10 +77,11 @@ def test_a_row_that_fails_says_so_in_its_place() -> None:
     assert unknown.why_not.startswith("failed: ValueError: not enough values to unpack")
 
 
-def test_a_row_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its broker and workers are found by their mark, while they start."""
     monkeypatch.setattr(targets, "ROW_S", 2.0)
     monkeypatch.setenv("FORGE_GPUS", "none")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # killed together, they leave their directory
     drawn: list[uuid.UUID] = []
     draw = uuid.uuid4
 
@@ -115,7 +116,10 @@ def test_a_tiny_run_prints_the_table_writes_the_figures_and_says_by_its_exit_cod
     found = json.loads(path.read_text(encoding="utf-8"))
     assert list(found["rows"]) == ["core_cpu", "queued_call"]
     figures = [one for each in found["rows"].values() for one in each["figures"].values()]
-    assert all(one["min"] <= one["median"] <= one["max"] and one["median"] > 0 for one in figures)
+    assert all(
+        0 <= one["min"] <= one["median"] <= one["max"] for one in figures
+    )  # so few calls may need no new page of memory
+    assert found["rows"]["core_cpu"]["figures"]["us"]["median"] > 0
     assert code == int(any(one["mark"] == DOES_NOT for one in figures))
     assert out.count(f"| {HOLDS}") + out.count(f"| {DOES_NOT}") == 2
     assert "are 0.02 of what is written" in out

@@ -73,7 +73,20 @@ def test_the_command_lines_in_the_manual_are_taken() -> None:
 
 def test_help_lists_the_commands_and_the_exit_codes() -> None:
     told = CliRunner().invoke(main, ["--help"]).output
-    for word in ("broker", "worker", "status", "deploy", "call", "stop", "workers", "explain", "doctor", "69", "130"):
+    for word in (
+        "broker",
+        "worker",
+        "status",
+        "deploy",
+        "call",
+        "load",
+        "stop",
+        "workers",
+        "explain",
+        "doctor",
+        "69",
+        "130",
+    ):
         assert word in told
 
 

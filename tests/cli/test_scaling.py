@@ -28,7 +28,7 @@ ANSWER = {
     "name": "gen",
     "wanted": 3,
     "limits": [1, 4],
-    "policy": "ThresholdPolicy()",
+    "policy": "ThresholdPolicy",
     "decisions": [
         decision("cooldown", 0, 3, count=1200, first_s=1203.0),
         decision("queue", 2, 3, first_s=1260.0, last_s=1260.0),
@@ -73,7 +73,7 @@ def test_why_scale_tells_each_decision_with_its_reason_and_how_often_it_was_the_
     done = broker.forge("why-scale", "gen")
     assert done.exit_code == 0, done.output
     text = " ".join(done.output.split())
-    assert "gen wants 3 replicas, 1 to 4 are allowed, and scales by itself (ThresholdPolicy())" in text
+    assert "gen wants 3 replicas, 1 to 4 are allowed, and scales by itself (ThresholdPolicy)" in text
     assert "3.0 s 0 3 cooldown" in text
     assert "(1,200 times in 20 min)" in text
     assert "21 min +2 3 queue" in text

@@ -89,7 +89,7 @@ def test_columns_that_are_default_are_left_out_and_deadlines_travel_as_time_rema
     """W9"""
     link, _ = opened()
     link.submit(7, b"a", 1)
-    link.submit(7, b"b", 2, Extras(deadline=3.5, session="s"), order="s")
+    link.submit(7, b"b", 2, Extras(deadline=3.5), session="s")
     link.submit(7, b"c", 3, Extras(rank=0))
     ((_, _, seqs, _, columns),) = said(link, 1.0)
     assert seqs == [1, 2, 3]
@@ -99,9 +99,9 @@ def test_columns_that_are_default_are_left_out_and_deadlines_travel_as_time_rema
 def test_ordered_calls_do_not_overtake_each_other_between_endpoints() -> None:
     """A6"""
     link, _ = opened()
-    link.submit(1, b"", "a", Extras(session="s"), "s")
-    link.submit(2, b"", "b", Extras(session="s"), "s")
-    link.submit(1, b"", "c", Extras(session="s"), "s")
+    link.submit(1, b"", "a", session="s")
+    link.submit(2, b"", "b", session="s")
+    link.submit(1, b"", "c", session="s")
     link.submit(2, b"", "free")  # belongs to no order, so it may join an earlier message
     assert [(message[1], message[2]) for message in said(link)] == [(1, [1]), (2, [2, 4]), (1, [3])]
 
@@ -111,7 +111,7 @@ def test_nothing_overtakes_a_fan_out_or_a_control() -> None:
     link, _ = opened()
     link.submit(1, b"", "a")
     link.control("open_session", {"session": "s"}, b"", "opening")
-    link.submit(1, b"", "b", Extras(session="s"), "s")
+    link.submit(1, b"", "b", session="s")
     link.fanout(2, b"", "weights")
     link.submit(1, b"", "c")
     assert [message[0] for message in said(link)] == [CALLS, CONTROL, CALLS, FANOUT, CALLS]
@@ -258,8 +258,7 @@ def test_a_session_never_overtakes_itself_for_the_sake_of_its_calls_shapes() -> 
     """A6: a run that stands before an earlier call of the session is not gone back to."""
     link, _ = opened()
     for shape, session in ((1, "s"), (2, "s"), (1, "s"), (1, "t"), (2, None)):
-        extras = None if session is None else Extras(session=session)
-        link.submit(7, b"x", None, extras, session, shape)
+        link.submit(7, b"x", None, None, None, shape, session)
     assert [(message[2], message[4]["shape"]) for message in said(link)] == [([1], 1), ([2, 5], 2), ([3, 4], 1)]
 
 

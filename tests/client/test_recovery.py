@@ -80,7 +80,7 @@ def test_unanswered_calls_are_sent_again_under_their_numbers_and_say_so() -> Non
 def test_a_call_sent_again_keeps_its_extras_and_the_rest_of_its_timeout() -> None:
     """F10, F5"""
     link, _ = opened()
-    link.submit(7, b"a", "a", Extras(session="s", priority=3), "s")
+    link.submit(7, b"a", "a", Extras(priority=3), session="s")
     link.submit(7, b"b", "b", Extras(deadline=9.0, hints={"k": 1}, rank=2))
     link.submit(7, b"c", "c")
     link.flush(1.0)
@@ -101,7 +101,7 @@ def test_controls_and_calls_are_said_again_in_their_order_and_controls_under_the
     link, _ = opened()
     link.control("find", {"name": "x"}, b"", "answered")
     link.control("open_session", {"session": "s"}, b"", "opening")
-    link.submit(7, b"a", "a", Extras(session="s"), "s")
+    link.submit(7, b"a", "a", session="s")
     link.flush(1.0)
     link.control("close_session", {"session": "s"}, b"", "closing")
     link.control("deploy", {"spec": {}}, b"arguments", "deploying")
@@ -235,6 +235,9 @@ def test_unanswered_calls_alone_are_reason_enough_to_declare() -> None:
     link.submit(7, b"a", "a")
     (frames,) = link.flush(3.0)  # the hello is said again
     assert decode(frames).body[0][1]["declares"] == {"services": [], "sessions": [], "replays": [], "waiting": True}
+    link.cancel(1)
+    (frames,) = link.flush(6.0)  # what was given up is not said again, and nobody shall wait for it
+    assert decode(frames).body[0][1]["declares"] is None
 
 
 def test_what_is_kept_is_bounded_by_what_is_unanswered() -> None:

@@ -10,6 +10,7 @@ import pytest
 from forge_contract.addresses import check_address, default_address, ipc_path, is_loopback, read_http
 from forge_contract.config import AutoscalingConfig, BrokerConfig, EndpointOptions, ServiceConfig
 from forge_contract.errors import ConfigError
+from forge_contract.scaling import ScalingPolicy
 
 
 def test_all_problems_are_told_together_with_the_names_of_their_fields() -> None:
@@ -201,3 +202,42 @@ def test_a_function_travels_as_the_word_that_it_is_one_and_a_name_as_itself() ->
     told = options.to_wire()
     assert (told["batch_key"], told["batch_weight"]) == (True, "text")
     assert EndpointOptions(**told).to_wire() == told
+
+
+def test_what_is_wrong_with_thresholds_and_with_limits_is_told_together() -> None:
+    """A3, X1: of a configuration that comes as a map, as from the command line."""
+    wrong = {
+        "scale_down_capacity_threshold": 0.9,
+        "min_healthy_replicas_ratio": 2.0,
+        "evaluate_every_s": 0.0,
+        "policy": "no name",
+    }
+    with pytest.raises(ConfigError) as caught:
+        ServiceConfig.from_wire({"min_replicas": 5, "max_replicas": 2, "num_replicas": 5, "autoscaling": wrong})
+    told = str(caught.value)
+    for said in (
+        "autoscaling: scale_down_capacity_threshold=0.9 must be below scale_up_capacity_threshold=0.8",
+        "min_healthy_replicas_ratio is a share",
+        "evaluate_every_s must be at least 0.01",
+        "policy must be 'module:qualname', not 'no name'",
+        "min_replicas=5 is above max_replicas=2",
+    ):
+        assert said in told
+    with pytest.raises(ConfigError, match="autoscaling: unknown option 'scale_up'"):
+        ServiceConfig.from_wire({"autoscaling": {"scale_up": 1}})
+
+
+class Policy(ScalingPolicy):
+    def decide(self, *_: Any) -> int:
+        return 0
+
+
+def test_a_policy_is_an_instance_a_class_a_factory_or_a_name() -> None:
+    """X1: by value it travels beside the configuration, by name in it."""
+    for given in (Policy(), Policy, [Policy()].pop):
+        assert AutoscalingConfig(policy=given).to_wire()["policy"] is None
+    named = AutoscalingConfig(policy="package.module:Outer.Policy")
+    assert AutoscalingConfig(**named.to_wire()) == named
+    for wrong in (ScalingPolicy(), 5, int, lambda: 1 / 0, "module", ":name", "mod ule:name"):
+        with pytest.raises(ConfigError, match="policy"):
+            AutoscalingConfig(policy=wrong)

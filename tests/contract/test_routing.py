@@ -112,7 +112,11 @@ def test_an_instance_a_class_and_a_factory_are_accepted() -> None:
     assert isinstance(make_router(None), RoundRobinRouter)
 
 
-@pytest.mark.parametrize("given", [5, "RoundRobinRouter", Router, Router(), lambda: 5, lambda: 1 / 0, dict], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [5, "RoundRobinRouter", Router, Router(), lambda: 5, lambda: 1 / 0, dict],
+    ids=["number", "name", "Router", "Router()", "gives a number", "raises", "dict"],
+)
 def test_anything_else_is_a_value_error(given: Any) -> None:
     """R2."""
     with pytest.raises(ValueError, match="router"):

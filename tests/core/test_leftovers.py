@@ -9,9 +9,10 @@ import pytest
 from forge_broker.core.actions import Exit, Sweep, Unlink
 from forge_broker.core.events import Terminate
 from forge_contract.errors import PoisonedRequest
-from forge_contract.messages import BYE, CALLS, OK, REFUSE, REPLIES
+from forge_contract.framing import encode
+from forge_contract.messages import BYE, CALLS, HELLO, OK, REFUSE, REPLIES, WHO
 from forge_contract.segments import Handle, Place, Terms, handle
-from tests.core.peers import TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer
+from tests.core.peers import INCARNATION, TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer
 from tests.core.test_suspects import revived
 
 DOCUMENT = b"document"
@@ -111,6 +112,20 @@ def test_a_handle_of_who_does_not_share_breaks_the_protocol(where: dict[str, Any
     assert stranger.of(REFUSE)[0][1] == "ProtocolError"
     assert stranger.name not in here.state.links
     assert worker.seen == []
+
+
+def test_large_arguments_that_were_for_a_broker_before_this_one_break_nothing() -> None:
+    """W4, F10: the socket had them when the broker was killed, and gives them to the next one, which has not been greeted yet."""
+    here, _, (worker,), endpoint = bench().serving()
+    client = here.client()
+    body = [[CALLS, endpoint, [1], [-2], {}]]
+    client.send(encode("c-00000000000000ff", 1, INCARNATION - 1, 1, 0, body, b"", (DOCUMENT, a_handle())))
+    assert client.of(WHO) == [[WHO]]
+    assert client.of(REFUSE) == []
+    assert worker.seen == []
+    hello = [[HELLO, {**client.fields, "client": 0}, []]]
+    client.send(encode("c-00000000000000ff", 1, 0, 0, 0, hello, b"", (a_handle(),)))
+    assert client.of(REFUSE)[0][1] == "ProtocolError"  # a hello is read, and no stranger has files opened with it
 
 
 def test_a_clients_segments_go_with_it() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from forge_broker.core.requests import Request, Slice
-from forge_contract.errors import CallCancelled, NoHealthyReplicas, Overloaded, ServiceStopped
-from forge_contract.messages import DROP, OK, RAISED, REPLIES, UNTOUCHED
+from forge_contract.errors import CallCancelled, NoHealthyReplicas, Overloaded, ServiceStopped, UnknownSession
+from forge_contract.messages import DISPATCH, DROP, OK, RAISED, REPLIES, UNTOUCHED
 from tests.core.peers import Bench, ClientPeer, WorkerPeer
 
 
@@ -280,3 +280,70 @@ def test_an_id_used_again_is_never_held_as_one_with_others() -> None:
     client.call(endpoint, b"again", b"new")  # sequences 2 and 3
     assert worker.seen == [b"a", b"b", b"new"]
     assert bench.state.counters["reused_ids"] == 1
+
+
+def in_sessions(limit: int = 8, sessions: int = 4) -> tuple[Bench, ClientPeer, WorkerPeer, WorkerPeer, int, list[str]]:
+    """Sessions that have been called once, so that each lives somewhere."""
+    bench, client, (one, two), endpoint = Bench().serving(2, replica_max_concurrent_requests=limit)
+    names = [f"s{number}" for number in range(sessions)]
+    for name in names:
+        client.ask("open_session", service=bench.service().id, session=name, hints={})
+        client.call(endpoint, b"first", session=name)
+    one.reply()
+    two.reply()
+    client.results.clear()
+    return bench, client, one, two, endpoint, names
+
+
+def test_calls_of_sessions_are_held_as_one_for_each_replica_they_live_on() -> None:
+    """C2, S2: each goes where its session lives, and the worker is told which session it is of."""
+    bench, client, one, two, endpoint, names = in_sessions()
+    pins = bench.service().pins
+    numbers = client.call(endpoint, b"a", b"bb", b"c", b"dd", session=names)
+    assert kinds(bench, client) == [Slice] * 4
+    for worker, idx in ((one, 0), (two, 1)):
+        expected = [
+            payload for payload, name in zip([b"a", b"bb", b"c", b"dd"], names, strict=True) if pins[name] == idx
+        ]
+        assert [payload for _, _, payload in worker.calls] == expected
+        (dispatch,) = worker.of(DISPATCH)[-1:]
+        assert dispatch[7]["session"] == [name for name in names if pins[name] == idx]
+    bench.advance(5.0)
+    one.reply()
+    two.reply()
+    assert [client.results[number] for number in numbers] == [(OK, b"a"), (OK, b"bb"), (OK, b"c"), (OK, b"dd")]
+    assert {session.used_at for session in bench.service().sessions.values()} == {bench.now}
+    assert bench.state.held_bytes == 0
+
+
+def test_calls_of_sessions_that_come_back_from_a_lost_replica_keep_their_session_and_their_order() -> None:
+    """F2, S3."""
+    bench, client, one, two, endpoint, names = in_sessions()
+    mine = next(name for name in names if bench.service().pins[name] == 0)
+    client.call(endpoint, b"a", b"b", b"c", session=mine)
+    one.die()
+    assert bench.service().pins[mine] == 1
+    assert [(attempt, payload) for _, attempt, payload in two.calls] == [(2, b"a"), (2, b"b"), (2, b"c")]
+    two.reply()
+    assert [status for status, _ in client.results.values()] == [OK] * 3
+
+
+def test_calls_of_sessions_wait_behind_what_waits_for_their_replica() -> None:
+    """A6: a session's calls start in the order sent."""
+    bench, client, one, _, endpoint, names = in_sessions(limit=2)
+    mine = next(name for name in names if bench.service().pins[name] == 0)
+    client.call(endpoint, b"a", b"b", b"c", session=mine)
+    client.call(endpoint, b"d", session=mine)
+    one.reply()
+    one.reply()
+    assert one.seen[-4:] == [b"a", b"b", b"c", b"d"]
+    assert bench.service().replicas[0].parked.length == 0
+
+
+def test_an_unknown_session_among_others_is_refused_and_the_others_go_on() -> None:
+    _bench, client, one, two, endpoint, names = in_sessions()
+    good, bad = client.call(endpoint, b"a", b"b", session=[names[0], "nobody's"])
+    assert isinstance(client.error(bad), UnknownSession)
+    one.reply()
+    two.reply()
+    assert client.results[good] == (OK, b"a")

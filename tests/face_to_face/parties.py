@@ -246,10 +246,15 @@ class SimClient(Peer):
     ) -> Reply:
         reply = Reply()
         deadline = None if timeout is None else self.world.clock.now + timeout
-        order = session or (service["service"] if service["kind"] == "actor" else None)
-        extras = Extras(deadline, session, priority, hints, rank)
+        order = service["service"] if service["kind"] == "actor" else None
+        extras = Extras(deadline, priority, hints, rank)
         reply.sequence = self.link.submit(
-            service["endpoints"][endpoint], payload, reply, None if extras == Extras() else extras, order
+            service["endpoints"][endpoint],
+            payload,
+            reply,
+            None if extras == Extras() else extras,
+            order,
+            session=session,
         )
         if flush:
             self.flush()

@@ -19,7 +19,7 @@ from typing import Final
 
 from forge_contract.config import AutoscalingConfig
 from forge_contract.messages import FAILED, OK
-from tests.face_to_face.parties import Reply, SimClient, SimWorker
+from tests.face_to_face.parties import Peer, Reply, SimClient, SimWorker
 from tests.face_to_face.world import World
 
 CALLS: Final = 60
@@ -183,6 +183,7 @@ class Storm:
             peer.connection.reconnect(draw())
         elif kind == 3 and peer.connection.up:
             peer.connection.half_open(to_broker=draw() < 0.5, seconds=2.0)
+            self._kept_from_a_successor(peer)
         elif kind in (4, 5):
             # A worker of another host is taken for dead meanwhile, and comes back as a zombie; one of this host is killed.
             world.faults["paused"] += 1
@@ -190,8 +191,7 @@ class Storm:
             if isinstance(peer, SimClient):
                 self.dozed.add(peer)
             world.clock.at(world.clock.now + draw() * 8, peer.resume)
-            if isinstance(peer, SimWorker) and (world.broker_is_down or world.broker.state.window is not None):
-                self.forgetful |= set(peer.counts)  # a zombie, or killed, as nobody else has them
+            self._kept_from_a_successor(peer)
         elif kind == 6:
             self._cancel()
         elif kind == 7 and not world.broker_is_down and draw() < 0.5:
@@ -219,6 +219,11 @@ class Storm:
             world.faults["client killed"] += 1
             self.mortal.die()
 
+    def _kept_from_a_successor(self, peer: Peer) -> None:
+        """It cannot speak for as long as a recovery window lasts: in one, the states it has are lost, as nobody else has them."""
+        if isinstance(peer, SimWorker) and (self.world.broker_is_down or self.world.broker.state.window is not None):
+            self.forgetful |= set(peer.counts)
+
     def _lives(self, sid: str) -> bool:
         """Whether some worker has the state of this session, which otherwise dies with the broker."""
         service = self.world.broker.state.services.get(self.service["service"])
@@ -228,7 +233,7 @@ class Storm:
             return True
         worker = None if sid not in service.pins else service.replicas[service.pins[sid]].ranks[0]
         peer = None if worker is None else self.world.peers[worker.name]
-        return isinstance(peer, SimWorker) and peer.alive and not peer.paused and sid in peer.counts
+        return isinstance(peer, SimWorker) and peer.alive and not peer.is_kept_from_speaking and sid in peer.counts
 
     def _cancel(self) -> None:
         candidates = [
@@ -291,7 +296,10 @@ class Storm:
                 for call in self.calls
                 if call.session is not None and self.world.ended[call.session, call.payload] > 1
             }
-        twice = [where for where, count in self.executed_by.items() if count > 1]
+        # A worker of another host that a broker gave up while it was stopped is welcome to the next broker, which never heard of that.
+        given_up = {note.fields["worker"] for note in self.world.notes if note.event == "worker gone"}
+        given_up = given_up if self.world.faults["broker killed"] else set()
+        twice = [where for where, count in self.executed_by.items() if count > 1 and where[0] not in given_up]
         # The recovery window waits for who announced replies, but not as long as a deaf connection or a stopped process can last.
         assert not twice or self.world.unheard, f"run twice by one worker, which no death explains: {twice}"
         counts: Counter[str] = Counter()

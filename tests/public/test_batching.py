@@ -416,6 +416,8 @@ async def test_batches_wait_for_a_replica_when_there_is_none_and_leave_when_it_i
         call.cancel()
     await until_waiting(service, 0)
     assert await reasons(service, "rest_unless") == {"size": 1}
+    for call in calls:
+        call.cancel()  # or the end of the service waits for what runs, as long as it may
 
 
 async def test_a_batch_that_runs_when_the_broker_is_killed_is_not_run_again() -> None:

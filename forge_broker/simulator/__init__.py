@@ -1,0 +1,1 @@
+"""A broker's core under a clock of its own, with clients and workers that are models: what would these settings do?"""

@@ -1,0 +1,1 @@
+"""The simulator: a real core in a virtual world."""
