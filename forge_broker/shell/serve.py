@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
+from zmq import zmq_poll
 
 from forge_broker.core.actions import (
     Action,
@@ -31,12 +32,14 @@ from forge_broker.core.actions import (
     Exit,
     Kill,
     KillPeer,
+    Label,
     Launch,
     Look,
     Note,
     Send,
     Sweep,
     Unlink,
+    Unload,
     Unwatch,
     Watch,
 )
@@ -69,7 +72,6 @@ if TYPE_CHECKING:
 _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE = int(zmq.SNDMORE)
 _POLLIN = int(zmq.POLLIN)
-_EVENTS = int(zmq.EVENTS)
 _FD = int(zmq.FD)
 
 DRAIN_AT_MOST: Final = 512  # envelopes of one socket per turn, so that none starves deadlines and the other sockets
@@ -179,6 +181,7 @@ class Server:
         assert self._scaler is not None
         broker, poller = self._broker, self._poller
         poller.register(wake.fileno(), selectors.EVENT_READ)
+        poller.register(self._scaler.fileno(), selectors.EVENT_READ)
         if self._owner is not None:
             poller.register(self._owner, selectors.EVENT_READ)
         routers = [(at, one.socket) for at, one in enumerate(self._bound)]
@@ -216,7 +219,7 @@ class Server:
                 self._event(Stalled(turned - now), turned)
                 self._send_waiting(turned)
             # Last of all: whatever is sent after this would swallow the news of what has come.
-            unread = [one for one in routers if int(one[1].get(_EVENTS)) & _POLLIN]
+            unread = [one for one in routers if zmq_poll([(one[1], _POLLIN)], 0)]
 
     def _other(self, descriptor: int, wake: sockets.socket, now: float) -> None:
         """A descriptor that is no ROUTER: a signal, the owner's end, a process that ended."""
@@ -225,8 +228,11 @@ class Server:
             wake.recv(4096)
             if self._http is not None and self._broker is not None:
                 self._http.answer(self._broker.state, now)
-            for ended in self._scaler.reap():
-                self._event(ended, now)
+            for told in self._scaler.reap():
+                self._event(told, now)
+        elif descriptor == self._scaler.fileno():
+            for told in self._scaler.attend():
+                self._event(told, now)
         elif descriptor == self._owner:
             if not os.read(descriptor, 4096):
                 self._poller.unregister(descriptor)
@@ -239,6 +245,7 @@ class Server:
         """Hand every waiting envelope to the core, up to a bound (W8)."""
         assert self._broker is not None
         handle, recv = self._broker.handle, router.recv
+        look = [(router, _POLLIN)]
         for _ in range(DRAIN_AT_MOST):
             try:
                 routing_id = recv(_NOBLOCK)
@@ -251,7 +258,8 @@ class Server:
                 part = recv(_NOBLOCK, copy=False)
                 frames.append(part)
             self._carry_out(handle(received(((at, routing_id), frames)), now), now)
-            if not int(router.get(_EVENTS)) & _POLLIN:  # cheaper than the exception of one receive too many
+            # Cheaper than the exception of one receive too many; and than asking for the option, which pyzmq looks up in an enum.
+            if not zmq_poll(look, 0):
                 return
 
     def _event(self, event: Event, now: float) -> None:
@@ -279,11 +287,15 @@ class Server:
                 for descriptor in self._watches.end(action.name):
                     self._poller.unregister(descriptor)
             elif isinstance(action, Launch):
-                failed = self._scaler.launch(action)
-                if failed is not None:
-                    self._event(failed, now)
+                for told in self._scaler.launch(action):
+                    self._event(told, now)
+            elif isinstance(action, Unload):
+                self._scaler.unload(action.service)
+            elif isinstance(action, Label):
+                self._scaler.label(action)
             elif isinstance(action, Kill):
-                self._scaler.kill(action.launch)
+                for told in self._scaler.kill(action.launch):
+                    self._event(told, now)
             elif isinstance(action, KillPeer):
                 self._kill_peer(action.name)
             elif isinstance(action, Look):

@@ -32,6 +32,7 @@ from forge_contract.messages import (
     STATES,
     UNREADY,
     UNTOUCHED,
+    WARMED,
     request_id,
 )
 from tests.core.model import BATCH_SIZE, ELSEWHERE, MAX_ATTEMPTS, Asked, Model, Rank
@@ -96,6 +97,7 @@ class Machine(RuleBasedStateMachine):
         scaling=st.sampled_from([None, None, EAGER]),
         kind=st.sampled_from(["service", "service", "service", "actor"]),
         exports=st.booleans(),
+        spares=st.sampled_from([0, 0, 1]),
     )
     def begin(
         self,
@@ -107,6 +109,7 @@ class Machine(RuleBasedStateMachine):
         scaling: AutoscalingConfig | None,
         kind: str,
         exports: bool,
+        spares: int,
     ) -> None:
         self.kind = kind
         self.exports = exports
@@ -138,6 +141,7 @@ class Machine(RuleBasedStateMachine):
             on_session_loss=loss,
             max_queued_requests=queued,
             max_attempts=MAX_ATTEMPTS,
+            warm_spares=spares,
             min_replicas=0 if scaling else 1,
             max_replicas=4,
             autoscaling=scaling,
@@ -348,7 +352,13 @@ class Machine(RuleBasedStateMachine):
                 self.look_around()
         if steps != 1:
             for worker in list(self.workers):
+                self.say_warmed(worker)
                 self.say_ready(worker)
+
+    def say_warmed(self, worker: Rank) -> None:
+        if worker.warming:
+            worker.warming = False
+            worker.say([WARMED])
 
     def say_ready(self, worker: Rank) -> None:
         if worker.assigned and worker.told_ready < len(worker.replays) and not worker.stopping:
@@ -539,6 +549,7 @@ class Machine(RuleBasedStateMachine):
                 if worker.stopping:
                     self.depart(worker, 100, True)
                     continue
+                self.say_warmed(worker)
                 self.say_ready(worker)
                 while worker.calls:
                     worker.end(0, OK)
