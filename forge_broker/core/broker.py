@@ -372,7 +372,7 @@ class Broker:
             else:
                 link = Client(*new, id=self._client_id(hello), detached=bool(hello.get("detached")))
                 if link.id == hello.get("client"):
-                    link.last_sequence = state.ledger.last_sequence(link.id)
+                    self.intake.came_back(link)
                 self._share(link)
                 state.links[link.name] = link
                 state.clients[link.id] = link

@@ -50,6 +50,10 @@ class Intake:
         self._replies = replies
         self._prune_at = PRUNE_FROM
 
+    def came_back(self, client: Client) -> None:
+        """Under its old id: what still runs of it from before is in the ledger, and no new call may stand for it there."""
+        client.last_sequence = self._state.ledger.last_sequence(client.id)
+
     def calls(self, client: Client, message: list[Any], payloads: Payloads, now: float) -> None:
         """CALLS: accept each item, then see who has room."""
         endpoint_id, sequences, sizes, columns = read_calls(message)
