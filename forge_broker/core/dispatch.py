@@ -90,7 +90,12 @@ class Dispatch:
         no suspect is left. So its companions are acquitted, or it is convicted."""
         pool = service.pool
         home = self._home_of_suspect(service)
-        if service.cell is not None and home is not None and home is not service.cell:
+        if (
+            service.cell is not None
+            and home is not None
+            and home is not service.cell
+            and not self._is_tried(service.cell)
+        ):
             self._open_cell(service)
         if service.cell is None:
             candidates = [replica for replica in pool if not replica.closed and home in (None, replica)]
@@ -109,6 +114,12 @@ class Dispatch:
             service.sessions[request.session].suspects -= 1
             self._move_in(service, service.sessions[request.session], cell)
         self._dispatch([request], cell, now)
+
+    def _is_tried(self, cell: Replica) -> bool:
+        """Whether a suspect runs there, rather than what has to end before one may."""
+        alone = cell.service.config.max_attempts - 1
+        running = self._state.ledger.held[cell.key].values()
+        return any(type(one) is Request and one.deaths == alone for one in running)
 
     def _open_cell(self, service: Service) -> None:
         cell = service.cell
