@@ -6,7 +6,6 @@ import pytest
 
 from tests.face_to_face.storm import CALLS, FAULT_EVERY, Storm
 
-
 FOUND = [711701]  # a suspect's cell was opened for the next one's home while it ran
 """By longer searches; each failed once."""
 
