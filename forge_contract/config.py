@@ -137,7 +137,7 @@ class AutoscalingConfig:
     scale_down_step_size: int = 1  # replicas
 
     max_queue_depth_emergency: float = 20.0  # calls waiting per healthy replica: ignores the cooldowns
-    min_healthy_replicas_ratio: float = 0.5  # 0.0 … 1.0; no scale-down below it
+    min_healthy_replicas_ratio: float = 0.5  # 0.0 … 1.0; no scale-down below it. What was never healthy does not count
 
     # None: the thresholds above. A `ScalingPolicy`: an instance, class or factory, which goes to the broker by value; or "module:qualname",
     # which the broker imports. Both only with trust.
