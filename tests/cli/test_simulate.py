@@ -181,6 +181,14 @@ def test_without_matplotlib_a_picture_is_refused_before_anything_is_computed(
         ("Gen --trace step --endpoint predit", "did you mean 'predict'"),
         ("Gen --trace step --option max_replica=3", "did you mean 'max_replicas'"),
         ("Gen --trace step --option min_replicas=5 --option max_replicas=3", "min_replicas=5 is above max_replicas=3"),
+        (
+            """Gen --trace step --option 'autoscaling={"up": 1}' --option min_replicas=5 --option max_replicas=3""",
+            "  - autoscaling: unknown option 'up'",
+        ),
+        (
+            """Gen --trace step --option 'autoscaling={"up": 1}' --option min_replicas=5 --option max_replicas=3""",
+            "  - min_replicas=5 is above max_replicas=3",
+        ),
         ("Gen --trace step --plot run.gif", "run.gif is no picture"),
         ("Gen --trace step --plot no/run.png", "no/run.png cannot be written"),
         ("Embed --trace step", "say by --batch-time how long"),
