@@ -235,6 +235,10 @@ class ServiceConfig:
     restart_backoff_s: float = 0.5  # before the second restart in a row; doubles, with jitter
     restart_backoff_at_most_s: float = 30.0
 
+    # Starts
+    warm_spares: int = 0  # replicas' worth of processes that have imported the class and wait for a replica to start
+    preload: bool = False  # processes are forked from one that has imported the class, unless its import forbids it
+
     # Sessions
     session_ttl_s: float | None = None  # a session unused for so long ends; None: only with its client
     session_checkpoint_every: int = (
@@ -276,11 +280,14 @@ class ServiceConfig:
             all(isinstance(one, str) for one in self.fatal_errors),
             f"fatal_errors must be names of exceptions, not {self.fatal_errors!r}",
         )
-        problems.at_most(self, MOST_REPLICAS, "procs", "hosts", "num_replicas", "min_replicas", "max_replicas")
+        problems.at_most(
+            self, MOST_REPLICAS, "procs", "hosts", "num_replicas", "min_replicas", "max_replicas", "warm_spares"
+        )
         problems.at_most(self, 1_000_000, "replica_max_concurrent_requests", "mesh_concurrency")
         problems.at_least(
             self, 0, "num_replicas", "min_replicas", "gpus_per_replica", "no_replica_grace_s", "stop_grace_s"
         )
+        problems.at_least(self, 0, "warm_spares")
         problems.at_least(self, 0, "restart_backoff_s", "restart_backoff_at_most_s")
         problems.positive(self, "health_poll_rate", "session_ttl_s", "start_timeout_s")
         least, most = self.min_replicas, self.max_replicas
@@ -305,6 +312,11 @@ class ServiceConfig:
         problems.need(
             not self.gpus_per_replica or self.gpus_per_replica % max(self.world, 1) == 0,
             f"gpus_per_replica={self.gpus_per_replica} cannot be shared evenly by {self.world} ranks",
+        )
+        problems.need(
+            not self.warm_spares or self.hosts in (None, 1),
+            f"warm_spares={self.warm_spares} wait on the broker's machine, and a replica over hosts={self.hosts} could not "
+            "use them",
         )
         for name in ("name", "mesh_name"):
             value = getattr(self, name)

@@ -44,6 +44,7 @@ REPLAY: Final = 38
 IMPORT: Final = 39
 FORGET: Final = 40
 RESIZED: Final = 41
+WARM: Final = 42
 
 # Worker to broker.
 MASTER: Final = 48
@@ -51,6 +52,7 @@ READY: Final = 49
 UNREADY: Final = 50
 REPLIES: Final = 51
 STATES: Final = 52
+WARMED: Final = 53
 
 # How a call ended.
 OK: Final = 0  # the payload is the value

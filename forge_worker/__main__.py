@@ -1,7 +1,7 @@
 """`python -m forge_worker`: the worker program's command line. Imports are cheap until it is clear what to run.
 
 Without `--child` it is the supervisor that `forge worker` runs too; with it, one worker that ends when its replica
-does, which is what a supervisor and the broker's local scaler start.
+does, which is what a supervisor and the broker's local scaler start. With `--fork-server` the scaler starts what forks such workers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="may be repeated")
     made.add_argument("--launch", type=int, default=0, metavar="N", help="the number a scaler started it under")
     made.add_argument("--child", action="store_true", help="one worker, not supervised")
+    made.add_argument(
+        "--fork-server", metavar="CONTROL,SOURCE", help="fork workers, as a scaler says by these descriptors"
+    )
     made.add_argument("--owned", action="store_true", help="with --child: leave when stdin ends")
     return made
 
@@ -36,6 +39,11 @@ def main(arguments: list[str]) -> int:
         if not (key and equals):
             made.error(f"--label takes KEY=VALUE, not {label!r}")
         labels[key] = value
+    if given.fork_server is not None:
+        from forge_worker import fork_server
+
+        control, _, source = given.fork_server.partition(",")
+        return fork_server.main(int(control), int(source), given.broker)
     if given.child:
         from forge_worker import runtime
 

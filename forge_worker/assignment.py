@@ -36,23 +36,59 @@ class EndpointSpec:
 
 
 @dataclass(frozen=True)
-class Assignment:
+class Source:
+    """Where the class comes from."""
+
+    name: str  # the service's
+    class_name: str
+    target: Mapping[str, Any]  # {"ref": "module:qualname"} or {"code": bytes}
+    path: tuple[str, ...]  # the client's sys.path
+    cwd: str | None  # and its working directory
+    trusted: bool  # how the client that deployed it came in (W6)
+    gpus: tuple[str, ...]  # the replica's GPUs on this host, in local rank order
+
+    @property
+    def label(self) -> str:
+        """How people see who imports it."""
+        return f"a spare of {self.name}"
+
+    def environment(self) -> dict[str, str]:
+        """What has to be there before the import. No GPU is an empty list, not none."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+
+    @classmethod
+    def fields(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ours, checked. Raises ProtocolError, naming the field."""
+        cwd = fields.get("cwd")
+        return {
+            "name": _field(fields, "name", str),
+            "class_name": _field(fields, "class_name", str),
+            "target": _field(fields, "target", dict),
+            "path": tuple(entry for entry in fields.get("path") or () if isinstance(entry, str)),
+            "cwd": cwd if isinstance(cwd, str) else None,
+            "trusted": _field(fields, "trusted", bool),
+            "gpus": tuple(str(gpu) for gpu in _field(fields, "gpus", list)),
+        }
+
+    @classmethod
+    def read(cls, fields: Any) -> Self:
+        """Of a WARM message. Raises ProtocolError for what is none."""
+        if not isinstance(fields, dict):
+            raise ProtocolError(f"what to import is a map, not {type(fields).__name__}")
+        return cls(**cls.fields(fields))
+
+
+@dataclass(frozen=True)
+class Assignment(Source):
     """One rank of one replica of one service."""
 
     service: int
-    name: str  # the service's
-    class_name: str
     replica: int
     epoch: int  # of the replica: what is dispatched under another is not for this incarnation
     rank: int
     world: int
     local_rank: int
     local_world: int
-    gpus: tuple[str, ...]  # the replica's GPUs on this host, in local rank order
-    target: Mapping[str, Any]  # {"ref": "module:qualname"} or {"code": bytes}
-    path: tuple[str, ...]  # the client's sys.path
-    cwd: str | None  # and its working directory
-    trusted: bool  # how the client that deployed it came in (W6)
     endpoints: tuple[EndpointSpec, ...]
     concurrency: int  # calls at once
     serial: bool  # one call at a time, in dispatch order: collectives must not cross
@@ -69,9 +105,6 @@ class Assignment:
         if not isinstance(fields, dict):
             raise ProtocolError(f"an assignment is a map, not {type(fields).__name__}")
         numbers = {name: _field(fields, name, int) for name in _NUMBERS}
-        texts = {name: _field(fields, name, str) for name in ("name", "class_name")}
-        flags = {name: _field(fields, name, bool) for name in ("trusted", "serial")}
-        cwd = fields.get("cwd")
         poll_s = fields.get("health_poll_rate")
         if isinstance(poll_s, bool) or not isinstance(poll_s, (int, float)) or not 0 < poll_s < math.inf:
             raise ProtocolError(f"health_poll_rate of an assignment is {poll_s!r:.80}, no number of seconds")
@@ -81,12 +114,8 @@ class Assignment:
             )
         return cls(
             **numbers,
-            **texts,
-            **flags,
-            gpus=tuple(str(gpu) for gpu in _field(fields, "gpus", list)),
-            target=_field(fields, "target", dict),
-            path=tuple(entry for entry in fields.get("path") or () if isinstance(entry, str)),
-            cwd=cwd if isinstance(cwd, str) else None,
+            **cls.fields(fields),
+            serial=_field(fields, "serial", bool),
             health_poll_rate=float(poll_s),
             fatal_errors=tuple(str(name) for name in _field(fields, "fatal_errors", list)),
             deed=_field(fields, "deed", dict),
@@ -99,9 +128,9 @@ class Assignment:
         return f"{self.class_name}/{self.replica}.{self.rank}"
 
     def environment(self) -> dict[str, str]:
-        """What torch and torch.distributed read, but the rendezvous (A7). No GPU is an empty list, not none."""
+        """What torch and torch.distributed read, but the rendezvous (A7)."""
         return {
-            "CUDA_VISIBLE_DEVICES": ",".join(self.gpus),
+            **super().environment(),
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world),
             "LOCAL_RANK": str(self.local_rank),

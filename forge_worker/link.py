@@ -1,7 +1,7 @@
 """The worker's side of the conversation with its broker (PROTOCOL.md §7). No I/O, no clock: `now` is an argument.
 
 `receive` turns envelopes into instructions, which whoever carries them out takes with `take()`; what comes of them goes
-back by `master`, `ready`, `unready`, `reply`, `states`, and leaves with the next `flush`. `runtime` is one that carries out, with
+back by `warmed`, `master`, `ready`, `unready`, `reply`, `states`, and leaves with the next `flush`. `runtime` is one that carries out, with
 a socket and an actor; a simulation with neither is another.
 
 The link knows which calls run, which sessions it has served, and what was replied of late, because a broker that does
@@ -35,12 +35,14 @@ from forge_contract.messages import (
     STATES,
     STOP,
     UNREADY,
+    WARM,
+    WARMED,
     column,
     spread,
 )
 from forge_contract.peer_link import LinkState, PeerLink
 from forge_contract.segments import Terms
-from forge_worker.assignment import Assignment
+from forge_worker.assignment import Assignment, Source
 from forge_worker.kept import Columns, KeptReplies
 
 PRUNE_FROM: Final = 1024  # batches; below it, looking for those that are over is not worth it
@@ -51,6 +53,12 @@ class Assign(NamedTuple):
 
     assignment: Assignment
     arguments: Payload  # of the constructor
+
+
+class Warm(NamedTuple):
+    """Be a spare: import this class, and wait. Comes before Assign, if at all."""
+
+    source: Source
 
 
 class Begin(NamedTuple):
@@ -123,7 +131,7 @@ class Refused(NamedTuple):
     error: ForgeError
 
 
-Instruction = Assign | Begin | Run | Drop | Stop | Replay | Import | Forget | Welcomed | Refused
+Instruction = Assign | Warm | Begin | Run | Drop | Stop | Replay | Import | Forget | Welcomed | Refused
 
 
 class WorkerLink(PeerLink):
@@ -173,6 +181,10 @@ class WorkerLink(PeerLink):
         """What has come since the last time, in order."""
         taken, self._instructions = self._instructions, []
         return taken
+
+    def warmed(self) -> None:
+        """The class is imported."""
+        self.outbox.body.append([WARMED])
 
     def master(self, addr: str, port: int) -> None:
         """Rank 0's choice of where the ranks meet."""
@@ -286,6 +298,8 @@ class WorkerLink(PeerLink):
         elif kind == ASSIGN:
             _, fields, size = message
             self._assigned(fields, envelope.payloads.take(size))
+        elif kind == WARM:
+            self._instructions.append(Warm(Source.read(message[1])))
         elif kind == BEGIN:
             _, addr, port = message
             self._instructions.append(Begin(str(addr), int(port)))

@@ -1,6 +1,6 @@
 """The worker's child process: one connection, at most one actor, from hello to goodbye. The only place here that acts.
 
-    GREETING ─▶ idle ─ASSIGN─▶ pinned ─▶ (BEGIN) ─▶ loaded ─READY─▶ serving ─STOP, signal, orphaned─▶ leaving ─▶ exit
+    GREETING ─▶ idle ─(WARM ─▶ imported)─ASSIGN─▶ pinned ─▶ (BEGIN) ─▶ loaded ─READY─▶ serving ─STOP, signal, orphaned─▶ leaving ─▶ exit
 
 The link says what to do, `actor_host` runs the calls, `loading` finds the class; here they meet the socket, the clock,
 signals and the process's environment. Everything of the user's runs in this process: `__init__`, `setup`, async
@@ -33,7 +33,7 @@ from forge_contract.framing import Frame, Payload
 from forge_contract.payload import encode_exception
 from forge_contract.peer_link import LinkState
 from forge_worker.actor_host import ActorHost
-from forge_worker.assignment import Assignment, master_environment
+from forge_worker.assignment import Assignment, Source, master_environment
 from forge_worker.health import IN_A_ROW, until_unhealthy
 from forge_worker.hooks import call_optional, is_our_cancel
 from forge_worker.last_resort import EXIT_INTERNAL, give_up
@@ -48,10 +48,11 @@ from forge_worker.link import (
     Replay,
     Run,
     Stop,
+    Warm,
     Welcomed,
     WorkerLink,
 )
-from forge_worker.loading import find_methods, make_instance
+from forge_worker.loading import find_methods, load_class, make_instance
 from forge_worker.machine import LoopLag, choose_master, take_stdin
 from forge_worker.outcomes import trimmed
 from forge_worker.output import make_output_last
@@ -75,13 +76,14 @@ LEAVE_WITHIN_S: Final = 30.0
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """The command line of a child."""
+    """The command line of a child, and what a fork server has for it."""
 
     broker: str
     gpus: tuple[str, ...] = ()
     launch: int = 0
     labels: dict[str, str] = field(default_factory=dict)
     owned: bool = False  # stdin is a supervisor's pipe; its end means the supervisor is gone
+    loaded: type | None = None  # the class, imported before we were forked
 
 
 def main(options: WorkerOptions) -> int:
@@ -143,6 +145,7 @@ class Worker:
         self._vitals = Vitals(options.gpus)
         self._heartbeat = Heartbeat(options.broker, self._beat)
         self._host: ActorHost | None = None
+        self._class = options.loaded  # of a spare, or forked from a process that had it
         self._instance: Any = None
         self._starting: asyncio.Task[None] | None = None
         self._begin: asyncio.Future[Begin] = self._loop.create_future()
@@ -225,7 +228,9 @@ class Worker:
                 self._replays.append(instruction)
                 if host is not None and self._replaying is None:
                     self._replaying = self._loop.create_task(self._replay_later(host))
-            case Assign():
+            case Warm():
+                self._warm(instruction.source)
+            case Assign() if self._leaving is None:
                 self._starting = self._loop.create_task(self._start(instruction.assignment, instruction.arguments))
             case Begin():
                 if not self._begin.done():
@@ -291,14 +296,27 @@ class Worker:
         segments = {} if self._pool is None else self._pool.vitals
         return self._link.heartbeat({"oldest_s": oldest_s, "lag_s": lag_s, **self._vitals.read(), **segments})
 
-    # Becoming a rank.
+    # Becoming a spare, or a rank.
+
+    def _warm(self, source: Source) -> None:
+        """The loop stands still meanwhile, as the import would have it anyway: it belongs on the main thread."""
+        os.environ.update(source.environment())
+        try:
+            self._class = self._class or load_class(source)
+        except BaseException as error:  # SystemExit too: whoever looks at the spares is told, whatever it was
+            log.error("%s could not be imported for %s", source.class_name, source.label, exc_info=trimmed(error))
+            self._give_in("could not import", told(error), self._encoded(error))
+            return
+        self._link.warmed()
 
     async def _start(self, assignment: Assignment, arguments: Payload) -> None:
         try:
             os.environ.update(assignment.environment())
             begin = await self._meet(assignment)
             os.environ.update(master_environment(begin.addr, begin.port))
-            self._instance = make_instance(assignment, arguments)
+            # A class sent by value is another one each time it is loaded: here it is the one that was.
+            cls = self._class or load_class(assignment)
+            self._instance = make_instance(cls, assignment, arguments)
             methods = find_methods(self._instance, assignment)
             await call_optional(self._instance, "setup")
             host = ActorHost(

@@ -17,9 +17,11 @@ STYLES: Final = {
     "HEALTHY": "green",
     "READY": "green",
     "IDLE": "cyan",
+    "WARM": "cyan",
     "UNINITIALIZED": "yellow",
     "STARTING": "yellow",
     "LOADING": "yellow",
+    "WARMING": "yellow",
     "DRAINING": "yellow",
     "RECOVERING": "yellow",
     "UNHEALTHY": "bold red",
@@ -110,6 +112,8 @@ def _services(services: Sequence[Mapping[str, Any]]) -> Table:
         remarks = [
             "stopping" if service["stopping"] else f"{draining} draining" if draining else "",
             "actor" if service["kind"] == "actor" else "",
+            _spares(service.get("spares") or {}),
+            "preloaded" if (service.get("preload") or {}).get("ready") else "",
             "" if service["detached"] else "ends with its client",
         ]
         table.add_row(
@@ -122,6 +126,11 @@ def _services(services: Sequence[Mapping[str, Any]]) -> Table:
             Text(", ".join(remark for remark in remarks if remark), "dim"),
         )
     return table
+
+
+def _spares(spares: Mapping[str, Any]) -> str:
+    wanted = spares.get("wanted", 0)
+    return f"{spares['ready']} of {_count(wanted, 'spare')} ready" if wanted else ""
 
 
 def _replicas(services: Sequence[Mapping[str, Any]]) -> Table:
@@ -205,7 +214,7 @@ def worker_table(workers: Sequence[Mapping[str, Any]], *, wide: bool = False) ->
         cells: list[str | Text] = [
             worker["name"],
             state(worker["state"]),
-            f"{worker['replica']}.{worker['rank']}" if worker["replica"] is not None else Text("–", "dim"),
+            _runs(worker),
         ]
         cells += [",".join(worker["gpus"]) or Text("–", "dim")] if with_gpus else []
         cells += (
@@ -223,14 +232,27 @@ def worker_table(workers: Sequence[Mapping[str, Any]], *, wide: bool = False) ->
     return table
 
 
+def _runs(worker: Mapping[str, Any]) -> str | Text:
+    if worker["replica"] is not None:
+        return f"{worker['replica']}.{worker['rank']}"
+    return f"spare of {worker['spare_of']}" if worker.get("spare_of") else Text("–", "dim")
+
+
 def _share(share: float | None) -> str:
     """`140%`: of one core, or of all a worker's GPUs."""
     return "" if share is None else f"{share:.0%}"
 
 
 def troubles(services: Sequence[Mapping[str, Any]], verbose: bool = False) -> list[Text]:
-    """Why replicas wait, and what last went wrong with them: a paragraph each, the lines of its stderr indented below."""
+    """Why replicas and spares wait, and what last went wrong with them: a paragraph each, the lines of its stderr indented below."""
     told: list[Text] = []
+    for service in services:
+        if why := (service.get("spares") or {}).get("why"):
+            head, *lines = why.splitlines()
+            told.append(Text(f"{service['name']} has fewer spares than wanted: {_printable(head)}", "yellow"))
+            told += _stderr(lines, verbose)
+        if why := (service.get("preload") or {}).get("why"):
+            told.append(Text(f"{service['name']} is not preloaded: {_printable(why)}", "yellow"))
     for replica in (replica for service in services for replica in service["replicas"]):
         if replica["pending"]:
             told.append(Text(f"{replica['name']} is pending, because it {_printable(replica['pending'])}", "yellow"))

@@ -21,12 +21,35 @@ class Deliver(NamedTuple):
     name: str
 
 
+class Preload(NamedTuple):
+    """What a process has to import to fork workers of this service."""
+
+    service: int
+    label: str  # for its output
+    source: dict[str, Any]  # PROTOCOL.md §7, WARM
+    on_gpus: bool  # its workers will see some
+
+
 class Launch(NamedTuple):
     """Start a worker process on this machine with these GPUs. Its hello will carry the launch's number."""
 
     launch: int
     gpus: tuple[str, ...]
     label: str  # "Class/replica.rank", for its output
+    preload: Preload | None = None  # forked, if that can be; a Preloaded tells whether
+
+
+class Unload(NamedTuple):
+    """No worker of this service will be forked any more."""
+
+    service: int
+
+
+class Label(NamedTuple):
+    """What a launched process has become: for its output from now on."""
+
+    launch: int
+    label: str
 
 
 class Kill(NamedTuple):
@@ -86,4 +109,4 @@ class Exit(NamedTuple):
 send: Final = partial(tuple.__new__, Send)
 deliver: Final = partial(tuple.__new__, Deliver)
 
-Action = Send | Deliver | Launch | Kill | KillPeer | Watch | Look | Unlink | Sweep | Note | Exit
+Action = Send | Deliver | Launch | Unload | Label | Kill | KillPeer | Watch | Look | Unlink | Sweep | Note | Exit

@@ -27,6 +27,7 @@ from forge_broker.core.endings import Endings
 from forge_broker.core.events import (
     Event,
     LaunchEnded,
+    Preloaded,
     ProcessGone,
     Received,
     Route,
@@ -46,6 +47,7 @@ from forge_broker.core.returns import Returns
 from forge_broker.core.scaling import Scaling
 from forge_broker.core.seating import Seating
 from forge_broker.core.sessions import Sessions
+from forge_broker.core.spares import Spares
 from forge_broker.core.state import State
 from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerState
@@ -73,9 +75,10 @@ class Broker:
         self.endings = Endings(self.state, answers, self.sessions)
         self.leftovers = Leftovers(state)
         catalogue, telling = Catalogue(state), Telling(state)
-        self.seating = Seating(state, telling)
+        self.spares = Spares(state)
+        self.seating = Seating(state, telling, self.spares)
         self.lifecycle = Lifecycle(
-            state, self.dispatch, self.sessions, catalogue, self.seating, telling, self.leftovers
+            state, self.dispatch, self.sessions, catalogue, self.seating, telling, self.leftovers, self.spares
         )
         self.drains = Drains(self.state, self.lifecycle, telling)
         self.rebuild = Rebuild(
@@ -98,6 +101,7 @@ class Broker:
             Kind.SESSION: self.sessions.idle,
             Kind.SILENCE: self._silence,
             Kind.SLOT: self.seating.free_slot,
+            Kind.SPARE: self.seating.spare_due,
             Kind.START: self.lifecycle.start_overdue,
             Kind.UNREAD: self.leftovers.look,
         }
@@ -127,6 +131,8 @@ class Broker:
                 self.lifecycle.stopped(worker, now)
         elif isinstance(event, LaunchEnded):
             self.lifecycle.launch_ended(event.launch, event.why, event.last_lines, now)
+        elif isinstance(event, Preloaded):
+            self.seating.preloaded(event.service, event.why, now)
         elif isinstance(event, Stalled):
             state.stalled(event.seconds, now)
         elif isinstance(event, Terminate):
@@ -516,6 +522,8 @@ class Broker:
                 self.rebuild.states(worker, message, payloads)
             elif kind == messages.READY and len(message) == 2 and type(message[1]) is int:
                 self.lifecycle.ready(worker, message[1], now)
+            elif kind == messages.WARMED and len(message) == 1:
+                self.spares.warmed(worker, now)
             elif (
                 kind == messages.MASTER
                 and len(message) == 3

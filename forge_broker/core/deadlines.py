@@ -27,6 +27,7 @@ class Kind(enum.Enum):
     HANG = "a call runs for long"
     SLOT = "a slot kept for a worker's successor"
     SCALE = "a service may have too few replicas, or too many"
+    SPARE = "a spare may be made, or one takes long to import"
     UNREAD = "results of a worker that is gone may have been read"
 
 

@@ -56,6 +56,13 @@ class LaunchEnded(NamedTuple):
     last_lines: list[str]
 
 
+class Preloaded(NamedTuple):
+    """Workers of this service are forked from now on; or they cannot be, and are started the ordinary way."""
+
+    service: int
+    why: str  # they cannot be; "": they can
+
+
 class Stalled(NamedTuple):
     """A turn of the loop took so long that it is worth telling: everybody waited meanwhile, for a router perhaps (R4)."""
 
@@ -68,4 +75,4 @@ class Terminate(NamedTuple):
     why: str
 
 
-Event = Received | Unroutable | Watched | ProcessGone | Stopped | LaunchEnded | Stalled | Terminate
+Event = Received | Unroutable | Watched | ProcessGone | Stopped | LaunchEnded | Preloaded | Stalled | Terminate

@@ -180,7 +180,7 @@ def _sessions(broker: Broker) -> list[str]:
 
 
 def _processes(broker: Broker) -> list[str]:
-    """No GPU has two holders; a worker is one rank of one replica at most."""
+    """No GPU has two holders; a worker is one rank of one replica at most, or of a spare that waits."""
     wrong: list[str] = []
     state = broker.state
     holders: dict[str, list[object]] = {}
@@ -198,5 +198,16 @@ def _processes(broker: Broker) -> list[str]:
             for worker in replica.ranks:
                 if worker is not None:
                     seats[worker.name] = seats.get(worker.name, 0) + 1
+        for spare in service.spares.values():
+            if [launch for launch in spare.launches if launch.spare is not spare or launch.leaving]:
+                wrong.append(f"{spare!r} has processes that are on their way out, or a replica's")
+        if len(service.spares) > service.config.warm_spares or (service.spares and service.stopping is not None):
+            wrong.append(f"{service!r} has {len(service.spares)} spares")
     wrong += [f"worker {name} has {count} seats" for name, count in seats.items() if count > 1]
+    for worker in state.workers.values():
+        found = state.launches.get(worker.launch)
+        if worker.state in (WorkerState.WARMING, WorkerState.WARM) and (
+            found is None or (found.spare is None and not found.leaving)
+        ):
+            wrong.append(f"{worker!r} is nobody's spare, and not on its way out")
     return wrong

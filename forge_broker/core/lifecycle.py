@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Final
 
-from forge_broker.core.actions import Exit, Kill, KillPeer
+from forge_broker.core.actions import Exit, Kill, KillPeer, Unload
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.clients import Client
 from forge_broker.core.deadlines import Kind
@@ -22,6 +22,7 @@ from forge_broker.core.requests import Request
 from forge_broker.core.seating import KEPT, Seating
 from forge_broker.core.services import Endpoint, Service, read_spec
 from forge_broker.core.sessions import Sessions
+from forge_broker.core.spares import Spares
 from forge_broker.core.state import State
 from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerMove, WorkerState
@@ -46,6 +47,7 @@ class Lifecycle:
         seating: Seating,
         telling: Telling,
         leftovers: Leftovers,
+        spares: Spares,
     ) -> None:
         self._state = state
         self._dispatch = dispatch
@@ -54,6 +56,7 @@ class Lifecycle:
         self._seating = seating
         self._telling = telling
         self._leftovers = leftovers
+        self._spares = spares
 
     # Services.
 
@@ -115,10 +118,14 @@ class Lifecycle:
         launch = state.launches.get(worker.launch)
         if launch is None and worker.launch:
             self._tell_to_stop(worker, "its launch is not known", 0.0, now)
-        elif launch is not None and (launch.replica.epoch != launch.epoch or launch.replica.state in _ENDING):
-            self._tell_to_stop(worker, "its replica no longer wants it", 0.0, now)
+        elif launch is not None and launch.spare is not None:
+            self._spares.joined(worker, launch)
         elif launch is not None:
-            self._seating.assign(worker, launch.replica, launch.rank)
+            replica = launch.replica
+            if replica is None or replica.epoch != launch.epoch or replica.state in _ENDING:
+                self._tell_to_stop(worker, "nobody wants it any more", 0.0, now)
+            else:
+                self._seating.assign(worker, replica, launch.rank)
         elif worker.hello.get("holds"):
             self._tell_to_stop(worker, "it holds a replica that this broker does not know", 0.0, now)
         else:
@@ -192,6 +199,7 @@ class Lifecycle:
             self._telling.notice(service, "restarted", replica=replica.idx, epoch=replica.epoch)
         if not service.started and all(other.healthy for other in service.replicas.values()):
             self._started(service, now)
+            self._seating.place_pending(now)  # it may have spares from now on
         for queue in [*service.rotation, replica.parked]:
             service.wake(queue)
         self._dispatch.pump(service, now)
@@ -200,13 +208,18 @@ class Lifecycle:
         """UNREADY: the import, `__init__` or `setup` raised, which during the first start is the deployer's error (A2); or a worker that
         was READY cannot serve any more: it is ill, or its process broken (F1, F6)."""
         replica: Replica | None = worker.replica
+        told = ""
+        if isinstance(error, list) and len(error) == 2 and isinstance(error[1], dict):
+            told = f": {error[1].get('message') or error[1].get('why') or error[1].get('type_name') or error[0]}"
+        launch = self._state.launches.get(worker.launch)
+        if launch is not None and launch.spare is not None:
+            self._spares.lost(launch, f"could not import{told}", [], now)
+            self._tell_to_stop(worker, "its import failed", 0.0, now)
         if replica is None or replica.ranks[worker.rank] is not worker:
             return
         service: Service = replica.service
         why = f"rank {worker.rank} " + ("cannot go on" if worker.state is WorkerState.READY else "could not start")
-        if isinstance(error, list) and len(error) == 2 and isinstance(error[1], dict):
-            told = error[1].get("message") or error[1].get("why") or error[1].get("type_name") or error[0]
-            why += f": {told}"
+        why += told
         if service.started or service.stopping is not None:
             # Nobody is convicted: what made it ill has had its answer, and the others only were there.
             self.replica_lost(replica, why, [], now, convicted=())
@@ -276,6 +289,10 @@ class Lifecycle:
             return
         worker.move(WorkerMove.END)
         self._leftovers.of(worker, now)
+        launch = state.launches.get(worker.launch)
+        if launch is not None:
+            self._spares.lost(launch, why, last_lines, now)
+            launch.leaving = True
         if not worker.launch and worker.host == state.host:
             for gpu in worker.gpus:
                 state.slots[gpu] = f"{KEPT}{worker.name}"
@@ -304,15 +321,18 @@ class Lifecycle:
             return
         for gpu in launch.gpus:
             state.slots[gpu] = ""
-        worker = next((worker for worker in state.workers.values() if worker.launch == launch_id), None)
+        self._spares.lost(launch, why, last_lines, now)
+        worker = state.worker_of(launch_id)
         replica = launch.replica
         if worker is not None:
             self.worker_gone(worker, why, last_lines, now)
+        elif replica is None:
+            pass  # of a spare, which holds nothing
         elif replica.state is ReplicaState.DRAINING:
             self._check_stopped(replica, now)
         elif replica.epoch == launch.epoch and replica.state not in _ENDING:
             self.replica_lost(replica, f"rank {launch.rank}: {why}", last_lines, now)
-        self._check_service(replica.service, now)
+        self._check_service(launch.service, now)
         self._seating.place_pending(now)
 
     # Replicas.
@@ -352,9 +372,7 @@ class Lifecycle:
             if worker is not None:
                 worker.replica = None
                 self._tell_to_stop(worker, "another rank of its replica is lost", 0.0, now)
-        for launch in list(state.launches.values()):
-            if launch.replica is replica and not any(worker.launch == launch.id for worker in state.workers.values()):
-                state.actions.append(Kill(launch.id))
+        self._kill_unheard(replica)
         self._dispatch.release(replica, why, now, convicted)
         if not service.started and replica.deaths >= UNHEALTHY_AFTER:
             error = StartFailed(
@@ -370,6 +388,13 @@ class Lifecycle:
         config = service.config
         wait_s = backoff_s(replica.deaths, config.restart_backoff_s, config.restart_backoff_at_most_s, state.random)
         state.deadlines.add(now + wait_s, Kind.RESTART, (service.id, replica.idx, replica.epoch))
+
+    def _kill_unheard(self, replica: Replica) -> None:
+        """Its processes that have not said hello yet, and those that have said bye."""
+        for launch in self._state.launches.values():
+            if launch.replica is replica and self._state.worker_of(launch.id) is None:
+                launch.leaving = True
+                self._state.actions.append(Kill(launch.id))
 
     def _next_epoch(self, replica: Replica) -> None:
         replica.ranks = [None] * len(replica.ranks)
@@ -421,6 +446,7 @@ class Lifecycle:
         if service.start_failure is None:
             service.start_failure = ({"error": error.to_wire()}, None)
         self._dispatch.fail_queued(service, error)
+        self._spares.dismiss_all(service, "its service is stopped", now)
         for replica in list(service.replicas.values()):
             self.stop_replica(replica, "its service is stopped", service.config.stop_grace_s, now)
         self._check_service(service, now)
@@ -445,9 +471,7 @@ class Lifecycle:
                 within_s = grace_s if worker.state is WorkerState.READY else 0.0
                 replace = not state.terminating and worker is not keep
                 self._tell_to_stop(worker, reason, within_s, now, replace=replace)
-        for launch in state.launches.values():
-            if launch.replica is replica and not any(worker.launch == launch.id for worker in state.workers.values()):
-                state.actions.append(Kill(launch.id))
+        self._kill_unheard(replica)
         self._check_stopped(replica, now)
 
     def dismiss(self, worker: Worker, reason: str, now: float) -> None:
@@ -455,6 +479,11 @@ class Lifecycle:
         self._tell_to_stop(worker, reason, 0.0, now, replace=False)
 
     def _tell_to_stop(self, worker: Worker, reason: str, grace_s: float, now: float, *, replace: bool = True) -> None:
+        launch = self._state.launches.get(worker.launch)
+        if launch is not None:
+            launch.leaving = True
+            if launch.spare is not None:
+                self._spares.dismiss(launch.spare, reason, now)
         worker.move(WorkerMove.STOP)
         worker.post([STOP, reason, grace_s, replace])
         self._state.deliver(worker)
@@ -500,7 +529,7 @@ class Lifecycle:
             return
         if any(replica.state is not ReplicaState.STOPPED for replica in service.replicas.values()):
             return
-        if any(launch.replica.service is service for launch in state.launches.values()):
+        if any(launch.service is service for launch in state.launches.values()):
             return
         self._sessions.close_all(list(service.sessions.values()), "its service is stopped", now)
         del state.services[service.id]
@@ -509,6 +538,8 @@ class Lifecycle:
             del state.endpoints[endpoint.id]
         if service.owner is not None:
             service.owner.services.discard(service.id)
+        if service.config.preload:
+            state.actions.append(Unload(service.id))
         state.note("info", "service stopped", service=service.name)
         self._telling.notice(service, "stopped", error=service.stopping.to_wire())
         # Whoever deployed it hears of a failed start now that nothing of it is left: it may be tried again at once.
@@ -528,7 +559,7 @@ class Lifecycle:
         for service in list(state.services.values()):
             self.stop_service(service, ServiceStopped(service=service.name, why=": the broker is stopping"), now)
         for launch in state.launches.values():
-            if not any(worker.launch == launch.id for worker in state.workers.values()):
+            if state.worker_of(launch.id) is None:
                 state.actions.append(Kill(launch.id))
         for worker in state.workers.values():
             if worker.state is WorkerState.IDLE:

@@ -58,6 +58,7 @@ class Scaling:
         """Ask the policy, remember what it says, and do it. Not before the first start is over: that has its own error."""
         state, config, sizing = self._state, service.config, service.sizing
         if state.window is not None or state.terminating or service.stopping is not None or not service.started:
+            sizing.state = sizing.state._replace(seen_at=now)  # nothing is smoothed over a time in which nobody looked
             return
         if sizing.policy is None or config.autoscaling is None:
             return

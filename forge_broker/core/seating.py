@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+from forge_broker.core.actions import Label
 from forge_broker.core.actions import Launch as LaunchAction
 from forge_broker.core.deadlines import Kind
 from forge_broker.core.placement import Idle, Need, Pending, Seat, place
 from forge_broker.core.replicas import Replica
 from forge_broker.core.services import Replay, Service
-from forge_broker.core.state import Launch, State
+from forge_broker.core.spares import Spares
+from forge_broker.core.state import Launch, Spare, State
 from forge_broker.core.telling import Telling
 from forge_broker.core.workers import Worker, WorkerMove, WorkerState
 from forge_contract.errors import ConfigError
@@ -23,9 +26,10 @@ _NO_SEAT: Final = Seat("", (), None)
 
 
 class Seating:
-    def __init__(self, state: State, telling: Telling) -> None:
+    def __init__(self, state: State, telling: Telling, spares: Spares) -> None:
         self._state = state
         self._telling = telling
+        self._spares = spares
 
     def add_replica(self, service: Service, now: float) -> Replica:
         replica = self.seatless_replica(service, service.free_idx(), now)
@@ -48,11 +52,18 @@ class Seating:
         self._state.deadlines.add(now + timeout, Kind.START, (replica.service.id, replica.idx, replica.epoch))
 
     def place_pending(self, now: float) -> None:
-        """Give seats to whoever waits for them, in order. Called when a worker, a process or a GPU became free."""
+        """Give seats to whoever waits for them, in order: a spare of its service, else where `placement` says. What is left is for
+        spares. Called when a worker, a process or a GPU became free."""
         state = self._state
         if state.terminating or state.window is not None:
             return
+        awaited = False
         for replica in list(state.pending.values()):
+            spare = self._spares.take(replica)
+            if spare is not None:
+                del state.pending[replica.key]
+                self._seat_spare(replica, spare)
+                continue
             config = replica.service.config
             idle = [
                 Idle(worker.name, worker.host, worker.gpus)
@@ -64,10 +75,41 @@ class Seating:
             need = Need(config.procs, config.hosts, config.gpus_per_rank)
             seats = place(need, idle, state.host, free_gpus, free_processes)
             if isinstance(seats, Pending):
-                self._pending(replica, seats.why, now)
+
+                def fits(gpus: Sequence[str], processes: int, need: Need = need, idle: Sequence[Idle] = idle) -> bool:
+                    free = [gpu for gpu, holder in state.slots.items() if not holder]
+                    more = place(
+                        need,
+                        idle,
+                        state.host,
+                        [*free, *gpus],
+                        state.config.max_workers - len(state.launches) + processes,
+                    )
+                    return not isinstance(more, Pending)
+
+                made = self._spares.make_room(replica, fits, now)
+                awaited |= bool(made)
+                self._pending(replica, f"{seats.why}; {made}" if made else seats.why, now)
             else:
                 del state.pending[replica.key]
                 self._seat(replica, seats, now)
+        if not awaited:
+            self._spares.fill(now)
+
+    def preloaded(self, service_id: int, why: str, now: float) -> None:
+        """Its workers are forked, or, for this reason, cannot be."""
+        service = self._state.services.get(service_id)
+        if service is None:
+            return
+        service.preload_ready, service.preload_why = not why, why
+        if why:
+            self._state.note("warning", "not preloaded", service=service.name, why=why)
+            self._state.story.tell(now, f"{service.name}/preload", f"workers are started, not forked: {why}")
+
+    def spare_due(self, which: tuple[int, int], now: float) -> None:
+        """A spare has had its time to import, or another may be made. `which`: service id, number."""
+        self._spares.is_late(*which, now)
+        self.place_pending(now)
 
     def _pending(self, replica: Replica, why: str, now: float) -> None:
         """Told once per reason: in the log, in the story, and to whoever deployed it (A3)."""
@@ -87,12 +129,23 @@ class Seating:
             if seat.worker is not None:
                 self.assign(state.workers[seat.worker], replica, rank)
                 continue
-            launch = Launch(state.next_launch(), seat.gpus, replica, rank)
+            launch = Launch(state.next_launch(), seat.gpus, replica.service, rank)
+            launch.seat(replica)
             state.launches[launch.id] = launch
             for gpu in seat.gpus:
                 state.slots[gpu] = f"{replica.name}.{rank}"
-            label = f"{replica.service.class_name}/{replica.idx}.{rank}"
-            state.actions.append(LaunchAction(launch.id, seat.gpus, label))
+            state.actions.append(LaunchAction(launch.id, seat.gpus, _label(replica, rank), replica.service.preload))
+
+    def _seat_spare(self, replica: Replica, spare: Spare) -> None:
+        """Its processes that have said hello are told at once, the others when they do, as any that are launched."""
+        state = self._state
+        replica.pending_why = ""
+        replica.seats = [Seat(state.host, launch.gpus, None) for launch in spare.launches]
+        for rank, launch in enumerate(spare.launches):
+            state.actions.append(Label(launch.id, _label(replica, rank)))
+            worker = state.worker_of(launch.id)
+            if worker is not None:
+                self.assign(worker, replica, rank)
 
     def assign(self, worker: Worker, replica: Replica, rank: int) -> None:
         service: Service = replica.service
@@ -101,11 +154,9 @@ class Seating:
         worker.rank = rank
         replica.ranks[rank] = worker
         here = [one for one, seat in enumerate(replica.seats) if seat.host == replica.seats[rank].host]
-        spec = service.spec
         fields = {
+            **service.source,
             "service": service.id,
-            "name": service.name,
-            "class_name": service.class_name,
             "replica": replica.idx,
             "epoch": replica.epoch,
             "rank": rank,
@@ -113,10 +164,6 @@ class Seating:
             "local_rank": here.index(rank),
             "local_world": len(here),
             "gpus": [gpu for one in here for gpu in replica.seats[one].gpus],
-            "target": spec["target"],
-            "path": spec.get("path") or [],
-            "cwd": spec.get("cwd"),
-            "trusted": service.init_trusted,
             "endpoints": [{"name": endpoint.name, "options": endpoint.options} for endpoint in service.endpoints],
             "concurrency": service.config.concurrency,
             "serial": service.config.concurrency == 1 and len(replica.ranks) > 1,
@@ -170,3 +217,8 @@ class Seating:
         worker.replays += 1
         worker.post([REPLAY, method, replay.trusted, worker.outbox.attach(replay.payload)])
         self._state.deliver(worker)
+
+
+def _label(replica: Replica, rank: int) -> str:
+    """How people see the output of this rank."""
+    return f"{replica.service.class_name}/{replica.idx}.{rank}"

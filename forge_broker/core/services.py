@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from forge_broker.core.actions import Preload
 from forge_broker.core.batcher import Batcher
 from forge_broker.core.queues import Queue
 from forge_broker.core.replicas import Replica, ReplicaPool
@@ -138,12 +139,18 @@ class Service:
         "owner",
         "pins",
         "pool",
+        "preload_ready",
+        "preload_why",
         "ready",
         "replays",
         "replicas",
         "resizes",
         "sessions",
         "sizing",
+        "spare_at",
+        "spare_deaths",
+        "spare_why",
+        "spares",
         "spec",
         "start_failure",
         "started",
@@ -196,6 +203,12 @@ class Service:
         self.waiting_start: list[tuple[Any, int]] = []  # (client, control number)
         self.start_failure: Any = None  # fields and payload of the answer to those, when it stops instead
         self.waiting_stop: list[tuple[Any, int]] = []
+        self.preload_ready = False  # its workers are forked
+        self.preload_why = ""  # why they are not, though they were to be
+        self.spares: dict[int, Any] = {}  # state.Spare by number: those that wait for a replica of ours to start
+        self.spare_deaths = 0  # in a row
+        self.spare_at = 0.0  # no new one before that
+        self.spare_why = ""  # why there are fewer than wanted
         self.watchers: set[str] = set()  # clients that get its metrics
         self.metrics_at = 0.0  # when the next snapshot goes out; 0.0: none is due
         self.stats = ServiceStats()
@@ -215,6 +228,32 @@ class Service:
     def queues(self) -> list[Queue]:
         """All where a call of no replica may wait."""
         return [*self.rotation, self.suspects]
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where the class comes from, for whoever is to import it."""
+        spec = self.spec
+        return {
+            "name": self.name,
+            "class_name": self.class_name,
+            "target": spec["target"],
+            "path": spec.get("path") or [],
+            "cwd": spec.get("cwd"),
+            "trusted": self.init_trusted,
+        }
+
+    @property
+    def preload(self) -> Preload | None:
+        """For launches, as long as nobody has declined."""
+        if not self.config.preload or self.preload_why:
+            return None
+        source = {**self.source, "gpus": []}
+        return Preload(self.id, f"{self.class_name}/preload", source, self.config.gpus_per_rank > 0)
+
+    @property
+    def spares_name(self) -> str:
+        """What its spares are called, in stories and as holders of GPUs."""
+        return f"{self.name}/spares"
 
     @property
     def current(self) -> list[Replica]:

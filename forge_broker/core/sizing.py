@@ -45,7 +45,7 @@ class Sizing:
 
     def __init__(self, policy: ScalingPolicy | None, now: float) -> None:
         self.policy = policy
-        self.state = PolicyState()
+        self.state = PolicyState(seen_at=now)  # with nothing to do: a first sample is no more than a sample
         self.decided: deque[Decided] = deque(maxlen=DECISIONS_KEPT)
         self._ended: Mapping[int, int] = {}  # calls, by replica, when it was last looked
         self._looked_at = now

@@ -28,16 +28,45 @@ if TYPE_CHECKING:
 
 
 class Launch:
-    """A worker process that the scaler started for one rank, until the kernel says that it is gone."""
+    """A worker process that the scaler started for one rank of a replica or of a spare, until the kernel says that it is gone."""
 
-    __slots__ = ("epoch", "gpus", "id", "rank", "replica")
+    __slots__ = ("epoch", "gpus", "id", "leaving", "rank", "replica", "service", "spare")
 
-    def __init__(self, id: int, gpus: tuple[str, ...], replica: Replica, rank: int) -> None:
+    def __init__(self, id: int, gpus: tuple[str, ...], service: Service, rank: int) -> None:
         self.id = id
         self.gpus = gpus
+        self.service = service
+        self.rank = rank
+        self.spare: Spare | None = None  # while it waits for a replica
+        self.replica: Replica | None = None  # never again None
+        self.epoch = 0  # the replica's
+        self.leaving = False  # told to stop, to be killed, or it has said bye: what it holds will be free soon
+
+    def seat(self, replica: Replica) -> None:
+        """It is this replica's now."""
+        self.spare = None
         self.replica = replica
         self.epoch = replica.epoch
-        self.rank = rank
+
+
+class Spare:
+    """A replica's worth of processes that have imported a service's class, or are about to (X2): one for each rank."""
+
+    __slots__ = ("launches", "number", "service", "warm_at")
+
+    def __init__(self, service: Service, number: int) -> None:
+        self.service = service
+        self.number = number  # unique in the broker
+        self.launches: list[Launch] = []  # by rank
+        self.warm_at: float | None = None  # when the last of its processes had imported
+
+    def __repr__(self) -> str:
+        return f"<Spare {self.number} of {self.service.name} {'WARM' if self.warm_at is not None else 'STARTING'}>"
+
+    @property
+    def gpus(self) -> list[str]:
+        """Of all its ranks, in order."""
+        return [gpu for launch in self.launches for gpu in launch.gpus]
 
 
 LAG_WINDOW_S = 60.0  # long enough to be seen by who comes to look after calls had been slow
@@ -124,6 +153,10 @@ class State:
         while (drawn := self.random.randrange(1, 1 << 31)) in self.launches:
             pass
         return drawn
+
+    def worker_of(self, launch: int) -> Worker | None:
+        """The process of this launch, once it has said hello and until it has said bye."""
+        return next((worker for worker in self.workers.values() if worker.launch == launch), None)
 
     def stalled(self, seconds: float, now: float) -> None:
         if seconds >= self.loop_lag_s(now):

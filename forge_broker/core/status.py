@@ -17,6 +17,7 @@ from forge_broker.core.replicas import Replica
 from forge_broker.core.requests import Gather
 from forge_broker.core.services import Service
 from forge_broker.core.state import State
+from forge_broker.core.workers import Worker
 from forge_contract.messages import read_request, show_request
 
 SESSIONS_SHOWN: Final = 1000  # of each service, those that were opened first
@@ -95,6 +96,12 @@ def service_state(service: Service, now: float) -> dict[str, Any]:
         "detached": service.owner is None,
         "stopping": service.stopping is not None,
         "replicas": [_replica_state(replica) for replica in service.replicas.values()],
+        "spares": spares(service),
+        "preload": {
+            "wanted": service.config.preload,
+            "ready": service.preload_ready,
+            "why": service.preload_why,
+        },
         "queues": dict(queues),
         "batches": batches(service),
         "active_sessions": sorted(shown),
@@ -103,6 +110,17 @@ def service_state(service: Service, now: float) -> dict[str, Any]:
         "state_epoch": service.state_epoch,
         "scaling": _scaling(service, now),
         "request_rate": round(sum(replica.stats.window.rate(now) for replica in service.replicas.values()), 3),
+    }
+
+
+def spares(service: Service) -> dict[str, Any]:
+    """X2: how fast its next replica can start. `why`: there are fewer than wanted, or the last one failed."""
+    ready = sum(spare.warm_at is not None for spare in service.spares.values())
+    return {
+        "wanted": service.config.warm_spares,
+        "ready": ready,
+        "starting": len(service.spares) - ready,
+        "why": service.spare_why,
     }
 
 
@@ -161,11 +179,17 @@ def workers(state: State, now: float) -> list[dict[str, Any]]:
             "watched": worker.watched,
             "replica": worker.replica.name if worker.replica is not None else None,
             "rank": worker.rank if worker.replica is not None else None,
+            "spare_of": _spare_of(state, worker),
             "silent_s": round(now - worker.heard_at, 3),
             "vitals": worker.vitals,
         }
         for worker in state.workers.values()
     ]
+
+
+def _spare_of(state: State, worker: Worker) -> str | None:
+    launch = state.launches.get(worker.launch)
+    return launch.spare.service.name if launch is not None and launch.spare is not None else None
 
 
 def dead_letter(letter: DeadLetter, now: float) -> dict[str, Any]:
@@ -184,6 +208,10 @@ def story(state: State, subject: str, now: float) -> list[str]:
     """C5: what happened to a request, a session, a replica or a worker, and how it is now."""
     lines = [f"{entry.when - now:+.3f} s  {entry.text}" for entry in state.story.of(subject)]
     for service in state.services.values():
+        if subject == service.spares_name:
+            found = spares(service)
+            why = f"; {found['why']}" if found["why"] else ""
+            return [*lines, f"{found['wanted']} wanted, {found['ready']} ready, {found['starting']} starting{why}"]
         if subject in service.sessions:
             idx = service.pins.get(subject)
             session = service.sessions[subject]

@@ -14,6 +14,8 @@ from forge_contract.messages import DISPATCH, DROP, FORGET, SETTLED
 class WorkerState(enum.Enum):
     STARTING = "STARTING"  # launched, no hello yet: it is a `Launch` in `state` until then
     IDLE = "IDLE"
+    WARMING = "WARMING"  # a spare that imports its class
+    WARM = "WARM"  # a spare that has
     LOADING = "LOADING"
     READY = "READY"
     DRAINING = "DRAINING"
@@ -23,6 +25,8 @@ class WorkerState(enum.Enum):
 
 class WorkerMove(enum.Enum):
     HELLO = "says hello"
+    WARM = "is to be a spare"
+    WARMED = "has imported the class"
     ASSIGN = "becomes a rank"
     READY = "has run setup"
     STOP = "is told to stop"
@@ -33,12 +37,27 @@ class WorkerMove(enum.Enum):
 MOVES: Final[dict[WorkerState, dict[WorkerMove, WorkerState]]] = {
     WorkerState.STARTING: {WorkerMove.HELLO: WorkerState.IDLE, WorkerMove.END: WorkerState.GONE},
     WorkerState.IDLE: {
+        WorkerMove.WARM: WorkerState.WARMING,
+        WorkerMove.ASSIGN: WorkerState.LOADING,
+        WorkerMove.STOP: WorkerState.DRAINING,
+        WorkerMove.SILENT: WorkerState.LOST,
+        WorkerMove.END: WorkerState.GONE,
+    },
+    WorkerState.WARMING: {
+        WorkerMove.WARMED: WorkerState.WARM,
+        WorkerMove.ASSIGN: WorkerState.LOADING,  # it goes on importing, which the replica would have to do anyhow
+        WorkerMove.STOP: WorkerState.DRAINING,
+        WorkerMove.SILENT: WorkerState.LOST,
+        WorkerMove.END: WorkerState.GONE,
+    },
+    WorkerState.WARM: {
         WorkerMove.ASSIGN: WorkerState.LOADING,
         WorkerMove.STOP: WorkerState.DRAINING,
         WorkerMove.SILENT: WorkerState.LOST,
         WorkerMove.END: WorkerState.GONE,
     },
     WorkerState.LOADING: {
+        WorkerMove.WARMED: WorkerState.LOADING,  # it was assigned while it imported
         WorkerMove.READY: WorkerState.READY,
         WorkerMove.STOP: WorkerState.DRAINING,
         WorkerMove.SILENT: WorkerState.LOST,
@@ -51,7 +70,8 @@ MOVES: Final[dict[WorkerState, dict[WorkerMove, WorkerState]]] = {
         WorkerMove.END: WorkerState.GONE,
     },
     WorkerState.DRAINING: {
-        WorkerMove.READY: WorkerState.DRAINING,  # setup ended after the STOP was sent
+        WorkerMove.WARMED: WorkerState.DRAINING,  # import or setup ended after the STOP was sent
+        WorkerMove.READY: WorkerState.DRAINING,
         WorkerMove.STOP: WorkerState.DRAINING,
         WorkerMove.SILENT: WorkerState.LOST,
         WorkerMove.END: WorkerState.GONE,

@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Final
 
-from forge_broker.core.actions import Launch
+from forge_broker.core.actions import Label, Launch
 from forge_broker.core.events import LaunchEnded
+from forge_broker.scalers.forks import Forks, Told
 from forge_contract.exit_status import how_it_ended
 
 LAST_LINES: Final = 20
@@ -34,22 +35,29 @@ class LocalScaler:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._outputs: dict[int, Path] = {}
         self._shown = None if log_dir is not None else _Shown()
+        self._forks = Forks(address, self._environ, self._output, self._start)
 
     def __len__(self) -> int:
         return len(self._processes)
 
-    def launch(self, launch: Launch) -> LaunchEnded | None:
-        """Start a process. An event when it could not even be started."""
+    def fileno(self) -> int:
+        """Readable when there is something to `attend` to."""
+        return self._forks.fileno()
+
+    def launch(self, launch: Launch) -> Told:
+        """Start a process, or have it forked. Tells when it could not even be started."""
+        if launch.preload is not None:
+            return self._forks.launch(launch, launch.preload)
+        return self._start(launch)
+
+    def _start(self, launch: Launch) -> Told:
         command = [sys.executable, "-m", "forge_worker", "--child", "--broker", self._address]
         command += ["--gpu", ",".join(launch.gpus) or "none", "--launch", str(launch.launch)]
-        output: IO[bytes] | int = subprocess.PIPE
+        output = -1
         try:
-            if self._log_dir is not None:
-                path = self._log_dir / f"{launch.label.replace('/', '-')}-{launch.launch}.log"
-                self._outputs[launch.launch] = path
-                output = path.open("ab")
+            output = self._output(launch.launch, launch.label)
             # A session of its own: a Ctrl-C in our terminal is ours to handle, and workers are told to stop by us.
-            process = subprocess.Popen(
+            self._processes[launch.launch] = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -58,23 +66,52 @@ class LocalScaler:
                 start_new_session=True,
             )
         except OSError as error:
-            return LaunchEnded(launch.launch, f"could not be started: {error}", [])
+            return [LaunchEnded(launch.launch, f"could not be started: {error}", [])]
         finally:
-            if not isinstance(output, int):
-                output.close()  # the child has its own
-        self._processes[launch.launch] = process
-        if self._shown is not None and process.stdout is not None:
-            self._shown.add(launch.launch, launch.label, process.stdout)
-        return None
+            if output >= 0:
+                os.close(output)  # the child has its own
+        return []
 
-    def kill(self, launch: int) -> None:
+    def _output(self, launch: int, label: str) -> int:
+        """A descriptor to print to: the worker's file, or a pipe to us. A fork server's number is the negative of its service's."""
+        if self._shown is None:
+            assert self._log_dir is not None
+            path = self._log_dir / f"{label.replace('/', '-')}-{abs(launch)}.log"
+            self._outputs[launch] = path
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        ours, theirs = os.pipe()
+        self._shown.add(launch, label, os.fdopen(ours, "rb", buffering=0))
+        return theirs
+
+    def label(self, label: Label) -> None:
+        """What a process is for has changed. Its file, if it has one, keeps its name."""
+        if self._shown is not None:
+            self._shown.label(label.launch, label.label)
+
+    def kill(self, launch: int) -> Told:
+        """Tells of one that had not been started yet."""
+        told = self._forks.kill(launch)
+        if told is not None:
+            return told
         process = self._processes.get(launch)
         if process is not None and process.poll() is None:
             process.kill()
+        return []
 
-    def reap(self) -> list[LaunchEnded]:
+    def unload(self, service: int) -> None:
+        self._forks.unload(service)
+        self._last_lines(-service)
+
+    def attend(self) -> Told:
+        """What fork servers had to say."""
+        return [
+            one._replace(last_lines=self._last_lines(one.launch)) if isinstance(one, LaunchEnded) else one
+            for one in self._forks.attend()
+        ]
+
+    def reap(self) -> Told:
         """Those that have ended since the last look. Called when SIGCHLD came."""
-        ended = []
+        ended = self.attend()
         for launch, process in list(self._processes.items()):
             code = process.poll()
             if code is not None:
@@ -87,8 +124,10 @@ class LocalScaler:
             self.kill(launch)
         for process in self._processes.values():
             process.wait()
+        self._forks.kill_all()
 
     def close(self) -> None:
+        self._forks.close()
         if self._shown is not None:
             self._shown.close()
 
@@ -113,7 +152,8 @@ class _Shown:
         os.set_blocking(self._wake_in, False)
         self._selector.register(self._wake_in, selectors.EVENT_READ)
         self._lock = threading.Lock()
-        self._new: list[tuple[int, str, IO[bytes]]] = []
+        self._new: list[tuple[int, IO[bytes]]] = []
+        self._labels: dict[int, str] = {}  # until its pipe ends
         self._last: dict[int, deque[str]] = {}
         self._drained: dict[int, threading.Event] = {}
         self._closing = False
@@ -124,8 +164,14 @@ class _Shown:
         with self._lock:
             self._last[launch] = deque(maxlen=LAST_LINES)
             self._drained[launch] = threading.Event()
-            self._new.append((launch, label, stream))
+            self._labels[launch] = label
+            self._new.append((launch, stream))
         os.write(self._wake_out, b"+")
+
+    def label(self, launch: int, label: str) -> None:
+        with self._lock:
+            if launch in self._labels:
+                self._labels[launch] = label
 
     def last_lines(self, launch: int) -> list[str]:
         """Of a process that has ended. Its pipe ends with it unless it left children behind, for whom we do not wait long."""
@@ -149,10 +195,10 @@ class _Shown:
                     self._forward(*key.data)
             with self._lock:
                 new, self._new = self._new, []
-            for launch, label, stream in new:
-                self._selector.register(stream, selectors.EVENT_READ, (launch, label, stream, bytearray()))
+            for launch, stream in new:
+                self._selector.register(stream, selectors.EVENT_READ, (launch, stream, bytearray()))
 
-    def _forward(self, launch: int, label: str, stream: IO[bytes], rest: bytearray) -> None:
+    def _forward(self, launch: int, stream: IO[bytes], rest: bytearray) -> None:
         chunk = os.read(stream.fileno(), 65536)
         rest += chunk
         *lines, tail = bytes(rest).split(b"\n")
@@ -161,8 +207,11 @@ class _Shown:
             lines.append(tail)
         shown = [line.decode(errors="replace") for line in lines]
         with self._lock:
+            label = self._labels[launch]
             if launch in self._last:
                 self._last[launch].extend(shown)
+            if not chunk:
+                del self._labels[launch]
         if shown:
             sys.stderr.write("".join(f"[{label}] {line}\n" for line in shown))
             sys.stderr.flush()

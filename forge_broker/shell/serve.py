@@ -31,12 +31,14 @@ from forge_broker.core.actions import (
     Exit,
     Kill,
     KillPeer,
+    Label,
     Launch,
     Look,
     Note,
     Send,
     Sweep,
     Unlink,
+    Unload,
     Watch,
 )
 from forge_broker.core.broker import Broker
@@ -175,6 +177,7 @@ class Server:
         assert self._scaler is not None
         broker, poller = self._broker, self._poller
         poller.register(wake.fileno(), selectors.EVENT_READ)
+        poller.register(self._scaler.fileno(), selectors.EVENT_READ)
         if self._owner is not None:
             poller.register(self._owner, selectors.EVENT_READ)
         routers = [(at, one.socket) for at, one in enumerate(self._bound)]
@@ -218,8 +221,11 @@ class Server:
             wake.recv(4096)
             if self._http is not None and self._broker is not None:
                 self._http.answer(self._broker.state, now)
-            for ended in self._scaler.reap():
-                self._event(ended, now)
+            for told in self._scaler.reap():
+                self._event(told, now)
+        elif descriptor == self._scaler.fileno():
+            for told in self._scaler.attend():
+                self._event(told, now)
         elif descriptor == self._owner:
             if not os.read(descriptor, 4096):
                 self._poller.unregister(descriptor)
@@ -269,11 +275,15 @@ class Server:
             elif isinstance(action, Watch):
                 self._watch(action, now)
             elif isinstance(action, Launch):
-                failed = self._scaler.launch(action)
-                if failed is not None:
-                    self._event(failed, now)
+                for told in self._scaler.launch(action):
+                    self._event(told, now)
+            elif isinstance(action, Unload):
+                self._scaler.unload(action.service)
+            elif isinstance(action, Label):
+                self._scaler.label(action)
             elif isinstance(action, Kill):
-                self._scaler.kill(action.launch)
+                for told in self._scaler.kill(action.launch):
+                    self._event(told, now)
             elif isinstance(action, KillPeer):
                 self._kill_peer(action.name)
             elif isinstance(action, Look):

@@ -39,6 +39,9 @@ def as_simulated(setup: Setup) -> tuple[dict[str, Any], ServiceConfig, list[str]
     )
     if given.world > 1:
         notes.append(f"a replica of {given.world} ranks is simulated, and paid for, as one")
+    if given.warm_spares or given.preload:
+        config = config.replace(warm_spares=0, preload=False)
+        notes.append("a start takes start_s, whether out of a spare, forked, or neither; spares are not paid for")
     if spec.get("exports"):
         spec["exports"] = False
         config = config.replace(on_session_loss="restart")

@@ -252,6 +252,25 @@ def test_sizes_are_as_people_say_them(count: int, text: str) -> None:
     assert size(count) == text
 
 
+def test_spares_are_told_with_their_service_and_their_processes_and_why_there_are_not_more() -> None:
+    """X2."""
+    one = service(spares={"wanted": 2, "ready": 1, "starting": 0, "why": "the last one failed: no torch\n  Traceback"})
+    spare = worker(state="WARM", replica=None, rank=None, spare_of="gen")
+    text = shown(status_page(status(one, workers=(spare,)), "ipc:///b.sock"), 120)
+    assert "1 of 2 spares ready" in text
+    assert "spare of gen" in text
+    assert "gen has fewer spares than wanted: the last one failed: no torch\n    Traceback" in text
+
+
+def test_a_service_says_whether_its_workers_are_forked_and_why_not() -> None:
+    """X2."""
+    forked = service(preload={"wanted": True, "ready": True, "why": ""})
+    started = service(preload={"wanted": True, "ready": False, "why": "its import started threads: pool"})
+    assert "preloaded" in shown(status_page(status(forked), "ipc:///b.sock"), 120)
+    text = shown(status_page(status(started), "ipc:///b.sock"), 120)
+    assert "gen is not preloaded: its import started threads: pool" in text
+
+
 def test_healthy_is_told_of_those_that_are_wanted() -> None:
     """X2: one that leaves is not missed, and one that has no replica yet is."""
     leaving = [replica("gen/0"), replica("gen/1", state="DRAINING", healthy=False)]

@@ -17,11 +17,11 @@ from forge_contract.scaling import (
     Limits,
     Observation,
     PolicyState,
-    ScalingPolicy,
     ThresholdPolicy,
     decide,
     evaluate,
 )
+from tests.contract.policies import Says
 
 DEFAULT = AutoscalingConfig()
 BUSY = Observation(replicas=2, healthy=2, in_flight=10, capacity_utilization=0.5, request_rate=5.0)
@@ -325,16 +325,6 @@ class Mute(Exception):
         raise RuntimeError("no text")
 
     __repr__ = __str__
-
-
-class Says(ScalingPolicy):
-    def __init__(self, answer: Any) -> None:
-        self.answer = answer
-
-    def decide(self, *_: Any) -> Any:
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from forge_contract.messages import (
     REPLIES,
     STOP,
     UNTOUCHED,
+    WARM,
 )
 from tests.core.peers import TRUSTED, Bench, ClientPeer, WorkerPeer
 
@@ -53,6 +54,7 @@ class Rank(WorkerPeer):
     def __init__(self, model: Model, hello: dict[str, Any]) -> None:
         self.model = model
         self.assigned = False
+        self.warming = False  # a spare that has not said that it has imported
         self.told_ready = -1  # how many replays it has told of; -1: not READY yet
         self.replays: list[bytes] = []
         self.had: set[bytes] = set()  # weights it has run
@@ -66,6 +68,8 @@ class Rank(WorkerPeer):
         super().took(message, payloads)
         if message[0] == ASSIGN:
             self.assigned = True
+        elif message[0] == WARM:
+            self.warming = True
         elif message[0] == REPLAY:
             self.replays.append(payloads[0])
         elif message[0] == STOP:

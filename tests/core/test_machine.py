@@ -32,6 +32,7 @@ from forge_contract.messages import (
     STATES,
     UNREADY,
     UNTOUCHED,
+    WARMED,
     request_id,
 )
 from tests.core.model import BATCH_SIZE, ELSEWHERE, MAX_ATTEMPTS, Asked, Model, Rank
@@ -94,9 +95,17 @@ class Machine(RuleBasedStateMachine):
         loss=st.sampled_from(["restart", "raise"]),
         queued=st.sampled_from([4, 1000]),
         scaling=st.sampled_from([None, None, EAGER]),
+        spares=st.sampled_from([0, 0, 1]),
     )
     def begin(
-        self, replicas: int, room: int, procs: int, loss: str, queued: int, scaling: AutoscalingConfig | None
+        self,
+        replicas: int,
+        room: int,
+        procs: int,
+        loss: str,
+        queued: int,
+        scaling: AutoscalingConfig | None,
+        spares: int,
     ) -> None:
         self.bench = Bench(max_workers=12, checkpoint_bytes=40, dead_letters=2)
         self.model = Model(self.bench)
@@ -123,6 +132,7 @@ class Machine(RuleBasedStateMachine):
             on_session_loss=loss,
             max_queued_requests=queued,
             max_attempts=MAX_ATTEMPTS,
+            warm_spares=spares,
             min_replicas=0 if scaling else 1,
             max_replicas=4,
             autoscaling=scaling,
@@ -314,7 +324,13 @@ class Machine(RuleBasedStateMachine):
                 self.look_around()
         if steps != 1:
             for worker in list(self.workers):
+                self.say_warmed(worker)
                 self.say_ready(worker)
+
+    def say_warmed(self, worker: Rank) -> None:
+        if worker.warming:
+            worker.warming = False
+            worker.say([WARMED])
 
     def say_ready(self, worker: Rank) -> None:
         if worker.assigned and worker.told_ready < len(worker.replays) and not worker.stopping:
@@ -489,6 +505,7 @@ class Machine(RuleBasedStateMachine):
                 if worker.stopping:
                     self.depart(worker, 100, True)
                     continue
+                self.say_warmed(worker)
                 self.say_ready(worker)
                 while worker.calls:
                     worker.end(0, OK)

@@ -84,6 +84,20 @@ def test_services_replicas_and_their_owner_are_there_again_under_their_old_ids()
         assert bench.state.next_id() > ENDPOINT
 
 
+def test_spares_of_the_broker_that_died_leave_and_others_are_made_when_the_window_ends() -> None:
+    """F10, X2: they hold nothing, and their launch is not known."""
+    spared = deed(num_replicas=1, warm_spares=1)
+    bench = Bench(recovering=True)
+    worker_back(bench, 0, of=spared)
+    client_back(bench, of=spared)
+    spare = bench.worker(launch=77, holds=None)
+    assert spare.of(STOP)
+    assert not bench.of(Launch)
+    end_window(bench)
+    (launch,) = bench.of(Launch)
+    assert launch.label == "Echo/spare.0"
+
+
 def test_what_cannot_be_kept_until_the_window_ends_is_refused_and_nobody_is_dropped() -> None:
     """W8, F10: with Overloaded, at once; what was asked before it, and what still fits after it, is done."""
     bench = Bench(recovering=True, max_queue_bytes=100)

@@ -12,7 +12,8 @@ from forge_broker.core.replicas import ReplicaState
 from forge_contract.config import AutoscalingConfig
 from forge_contract.errors import ConfigError, NoHealthyReplicas, ServiceStopped, StartFailed, TrustRequired
 from forge_contract.messages import IMPORT, NOTICE, RESIZED, STOP
-from forge_contract.scaling import Decision, ScalingPolicy
+from forge_contract.scaling import Decision
+from tests.contract.policies import Says
 from tests.core.peers import UNTRUSTED, Bench, Serving, spec
 from tests.core.test_drains import leave
 
@@ -53,6 +54,22 @@ def test_waiting_calls_bring_a_replica_and_it_takes_its_share() -> None:
         worker.reply()
     assert len(client.results) == 10
     assert client.ask("state", service="Echo")["scaling"]["wanted"] == 2
+
+
+def test_a_service_that_has_just_started_is_judged_by_more_than_its_first_sample() -> None:
+    """X1: however long its start took; what lasts is believed."""
+    bench = Bench()
+    client = bench.client()
+    steady = AutoscalingConfig(scale_up_request_rate_threshold=1000.0)
+    client.deploy(num_replicas=1, replica_max_concurrent_requests=1, autoscaling=steady)
+    (one,) = bench.launched()
+    bench.advance(60.4)
+    one.ready()
+    client.call(bench.service().endpoints[0].id, b"x")
+    bench.advance(1.0)
+    assert client.ask("why_scale", service="Echo")["decisions"][0]["rule"] != "capacity"
+    bench.advance(20.0)
+    assert client.ask("why_scale", service="Echo")["last_change"]["rule"] == "capacity"
 
 
 def test_an_emergency_adds_a_step_at_each_evaluation_until_there_are_enough_or_no_more_are_allowed() -> None:
@@ -383,16 +400,6 @@ def test_a_replica_that_is_drained_is_not_wanted_any_more() -> None:
     assert last(serving)["rule"] == "limits"
 
 
-class Wants(ScalingPolicy):
-    def __init__(self, answer: Any) -> None:
-        self.answer = answer
-
-    def decide(self, *_: Any) -> Any:
-        if isinstance(self.answer, Exception):
-            raise self.answer
-        return self.answer
-
-
 @pytest.mark.parametrize(
     ("answer", "wanted", "counted", "shown"),
     [
@@ -406,7 +413,7 @@ def test_a_custom_policy_is_asked_and_its_slips_are_counted_and_shown(
     answer: Any, wanted: int, counted: str | None, shown: str
 ) -> None:
     """X1: it changes nothing, or what the limits allow."""
-    bench = Bench(unpickle=lambda _: Wants(answer))
+    bench = Bench(unpickle=lambda _: Says(answer))
     client = bench.client()
     described = spec(num_replicas=1, max_replicas=4, autoscaling=AutoscalingConfig()) | {"policy": {"code": b"pickle"}}
     client.control("deploy", b"init", spec=described)
@@ -425,7 +432,7 @@ def test_a_custom_policy_needs_trust_and_has_to_be_one() -> None:
 
     def load(name: str, path: list[str]) -> Any:
         loaded.append((name, path))
-        return Wants(0)
+        return Says(0)
 
     bench = Bench(unpickle=lambda _: "no policy")
     bench.state.load = load
@@ -438,7 +445,7 @@ def test_a_custom_policy_needs_trust_and_has_to_be_one() -> None:
     assert "no ScalingPolicy" in str(client.answers[client.control("deploy", b"", spec=by_value)])
     client.deploy(autoscaling=named)
     assert loaded == [("policies:Mine", [])]
-    assert isinstance(bench.service().sizing.policy, Wants)
+    assert isinstance(bench.service().sizing.policy, Says)
 
 
 def test_calls_that_wait_for_company_in_a_batch_ask_for_no_replica() -> None:

@@ -37,6 +37,7 @@ def wait_for_end(scaler: LocalScaler, children: threading.Event) -> LaunchEnded:
     for _ in range(100):
         ended = scaler.reap()
         if ended:
+            assert isinstance(ended[0], LaunchEnded)
             return ended[0]
         children.wait(0.1)
         children.clear()
@@ -48,7 +49,7 @@ def test_output_goes_to_a_file_and_its_last_lines_tell_why_a_process_died(
 ) -> None:
     monkeypatch.setattr(sys, "executable", interpreter(tmp_path, "echo one; echo two >&2; exit 3"))
     scaler = LocalScaler("ipc:///nowhere", os.environ, tmp_path)
-    assert scaler.launch(Launch(7, ("0", "1"), "Gen/0.0")) is None
+    assert scaler.launch(Launch(7, ("0", "1"), "Gen/0.0")) == []
     ended = wait_for_end(scaler, children)
     assert ended == LaunchEnded(7, "exit code 3", ["one", "two"])
     assert (tmp_path / "Gen-0.0-7.log").read_text() == "one\ntwo\n"
@@ -88,7 +89,7 @@ def test_a_process_that_cannot_be_started_is_an_event_and_no_exception(
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
     scaler = LocalScaler("ipc:///nowhere", os.environ, tmp_path)
-    failed = scaler.launch(Launch(10, (), "Gen/0.0"))
-    assert failed is not None
+    (failed,) = scaler.launch(Launch(10, (), "Gen/0.0"))
+    assert isinstance(failed, LaunchEnded)
     assert "could not be started" in failed.why
     assert len(scaler) == 0

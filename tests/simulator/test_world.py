@@ -9,7 +9,7 @@ import pytest
 from forge_broker.core import invariants
 from forge_broker.simulator.figures import Figures
 from forge_broker.simulator.model import ServiceModel
-from forge_broker.simulator.setup import Setup
+from forge_broker.simulator.setup import Setup, as_simulated
 from forge_broker.simulator.traces import Trace, trace_of
 from forge_broker.simulator.world import World, simulate
 from forge_contract.errors import ConfigError
@@ -46,6 +46,15 @@ def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
     one, again, other = (simulate(setup(constant(20, 100), scattered, seed=seed)).told() for seed in (1, 1, 2))
     assert one == again != other
     assert one["calls"] == one["succeeded"] + one["outstanding_at_end"]
+
+
+def test_how_a_start_is_made_fast_is_not_simulated_and_that_is_said() -> None:
+    """X2: `start_s` says how long one takes, and nothing waits beside the replicas."""
+    plain, fast = (setup(at(1.0, 2.0), of=of) for of in ({}, {"warm_spares": 2, "preload": True}))
+    assert simulate(plain).told()["replica_seconds"] == simulate(fast).told()["replica_seconds"]
+    _, config, notes = as_simulated(fast)
+    assert (config.warm_spares, config.preload) == (0, False)
+    assert any("start_s" in note for note in notes)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1.0])

@@ -34,6 +34,7 @@ from forge_contract.messages import (
     STATES,
     STOP,
     UNREADY,
+    WARM,
     WELCOME,
     WHO,
     request_id,
@@ -98,6 +99,12 @@ class FakeBroker:
         payload = encode_call(args, {}, trusted=True, where="test")
         size = len(payload) if isinstance(payload, bytes) else -len(payload)
         self.send([ASSIGN, {**defaults, **fields}, size], payloads=(payload,))
+
+    def warm(self, actor: str | dict[str, Any], **fields: Any) -> None:
+        target = {"ref": f"sample_actors:{actor}"} if isinstance(actor, str) else actor
+        named = {"name", "class_name", "gpus", "target", "path", "cwd", "trusted"}
+        wanted = {name: value for name, value in assignment_fields(target, ()).items() if name in named}
+        self.send([WARM, {**wanted, **fields}])
 
     def call(self, method: int, *calls: tuple[int, tuple[Any, ...]], epoch: int = 1, **columns: Any) -> None:
         """Dispatch `(sequence, args)`, all in one message, as attempts 1 of client 1."""
