@@ -7,7 +7,7 @@
 A row runs in a process of its own, which ends before the next begins. Where it is compared with `zmq.proxy` (libzmq's, one message for each
 call) that runs in turn with it, run by run. Marks are given to medians: a figure *holds*, or it *does not*. Exit code 1 when one does not
 hold or could not be measured. How the rows are measured is in `through_the_broker` (real processes), `core_alone` (the broker's core
-with no socket around it) `simulated_hour` and `counting_cost`.
+with no socket around it), `counting_cost` and `simulated_hour`.
 """
 
 from __future__ import annotations
