@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import zmq
+from zmq import zmq_poll
 from zmq.utils.monitor import recv_monitor_message
 
 Frame = Any  # bytes, or a memoryview of what zmq holds (forge_contract.framing)
@@ -29,7 +30,6 @@ ENVELOPES_A_TURN: Final = 100
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _POLLIN: Final = int(zmq.POLLIN)
-_EVENTS: Final = int(zmq.EVENTS)
 _MONITORED: Final = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
@@ -80,6 +80,7 @@ class Dealer:
         self._connections = 0
         self._drain_due = False
         self._socket = dealer_socket(address, max_message_bytes)
+        self._look = [(self._socket, _POLLIN)]
         # Before connecting, or the first handshake may be over unseen and a later one be taken for the first.
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(_MONITORED)
         self._fd = int(self._socket.get(zmq.FD))
@@ -111,7 +112,7 @@ class Dealer:
         last = len(frames) - 1
         for at, frame in enumerate(frames):
             socket.send(frame, _NOBLOCK if at == last else _MORE, copy=len(frame) < LARGE_BYTES)
-        if int(socket.get(_EVENTS)) & _POLLIN:
+        if zmq_poll(self._look, 0):
             self._drain_soon()  # sending has swallowed the edge
 
     def close(self, linger_s: float = 0.0) -> None:
@@ -156,7 +157,8 @@ class Dealer:
                 receive(frames)
                 if self.closed:
                     return
-                if not int(socket.get(_EVENTS)) & _POLLIN:  # an exception to learn it costs twice as much
+                # An exception to learn it costs twice as much, and asking for the option is looking it up in an enum.
+                if not zmq_poll(self._look, 0):
                     drained = True
                     break
         finally:
