@@ -193,7 +193,7 @@ ROWS: Final = (
     Row(
         "counting",
         "what counting costs a call, the core alone",
-        f"no sockets, envelopes of {core_alone.ENVELOPE} and of 1, 2 replicas, counted and uncounted in turn",
+        f"no sockets, envelopes of {core_alone.ENVELOPE} and of 1, {CREDIT}, counted and uncounted in turn",
         counting_cost.counting_cost,
         (
             # 3 % of what the broker's process takes for a call: 4.8 µs in a fast hour with 512 outstanding, 200 for one that comes alone.
