@@ -90,11 +90,15 @@ def _field_types(cls: Hashable) -> dict[str, tuple[type, ...]]:
     return found
 
 
-def _refuse_unknown(where: str, known: frozenset[str], given: Mapping[str, Any]) -> None:
+def _unknown(known: frozenset[str], given: Mapping[str, Any]) -> list[str]:
     # A peer's map may have anything for a key.
     problems = [f"unknown option {name!r}{did_you_mean(str(name), known, '; ')}" for name in given if name not in known]
-    if problems:
-        raise ConfigError(where=where, problems=[*problems, "the known ones are " + ", ".join(sorted(known))])
+    return problems and [*problems, "the known ones are " + ", ".join(sorted(known))]
+
+
+def _refuse_unknown(where: str, known: frozenset[str], given: Mapping[str, Any]) -> None:
+    if problems := _unknown(known, given):
+        raise ConfigError(where=where, problems=problems)
 
 
 def field_names(cls: type) -> frozenset[str]:
@@ -102,15 +106,20 @@ def field_names(cls: type) -> frozenset[str]:
 
 
 def _judging_names(cls: type[Config]) -> type[Config]:
-    """A configuration whose constructor refuses unknown fields as `options()` does: all of them, with the closest known
-    ones. Python's own TypeError would stop at the first and know none."""
+    """A configuration whose constructor refuses unknown fields, all of them with the closest known ones, and tells with them what is
+    wrong with the others. Python's own TypeError would stop at the first and know none."""
     init = cls.__init__
     known = frozenset(inspect.signature(init).parameters) - {"self"}
 
     @functools.wraps(init)
     def judging(self: Config, **fields: Any) -> None:
-        _refuse_unknown(cls.__name__, known, fields)
-        init(self, **fields)
+        unknown = _unknown(known, fields)
+        try:
+            init(self, **{name: value for name, value in fields.items() if name in known})
+        except ConfigError as error:
+            raise ConfigError(where=cls.__name__, problems=[*error.problems, *unknown]) from None
+        if unknown:
+            raise ConfigError(where=cls.__name__, problems=unknown)
 
     cls.__init__ = judging  # type: ignore[assignment]
     return cls
@@ -137,7 +146,7 @@ class AutoscalingConfig:
     scale_down_step_size: int = 1  # replicas
 
     max_queue_depth_emergency: float = 20.0  # calls waiting per healthy replica: ignores the cooldowns
-    min_healthy_replicas_ratio: float = 0.5  # 0.0 … 1.0; no scale-down below it
+    min_healthy_replicas_ratio: float = 0.5  # 0.0 … 1.0; no scale-down below it. What was never healthy does not count
 
     # None: the thresholds above. A `ScalingPolicy`: an instance, class or factory, which goes to the broker by value; or "module:qualname",
     # which the broker imports. Both only with trust.
@@ -380,17 +389,17 @@ class ServiceConfig:
         if isinstance(autoscaling, dict):
             made = AutoscalingConfig()
             try:
-                _refuse_unknown("AutoscalingConfig", field_names(AutoscalingConfig), autoscaling)
-                made = AutoscalingConfig(**autoscaling)
+                # A peer's map may have anything for a key.
+                made = AutoscalingConfig(**{str(name): value for name, value in autoscaling.items()})
             except ConfigError as error:
-                problems.extend(f"autoscaling: {problem}" for problem in error.fields["problems"])
+                problems.extend(f"autoscaling: {problem}" for problem in error.problems)
             fields = {**fields, "autoscaling": made}
         if isinstance(fields.get("fatal_errors"), list):  # a tuple, before it travelled
             fields = {**fields, "fatal_errors": tuple(fields["fatal_errors"])}
         try:
             config = cls(**fields)
         except ConfigError as error:
-            problems.extend(error.fields["problems"])
+            problems.extend(error.problems)
         problems.tell("ServiceConfig")
         return config
 

@@ -52,6 +52,7 @@ class Observation(NamedTuple):
     )
     request_rate: float = 0.0  # calls/s of the service, since the last observation or over some other window of time
     sessions: int = 0  # open
+    never_healthy: int = 0  # `starting`, and those whose starts fail again and again
 
     @property
     def avg_queue_depth(self) -> float:
@@ -289,9 +290,12 @@ class _Case(NamedTuple):
         if low_s < patience:
             again = ", longer for removals that were taken back" if state.regrets else ""
             return self.says(0, "low", f"load is low for {low_s:.1f} of {patience:g} s{again}")
-        if seen.healthy < config.min_healthy_replicas_ratio * seen.replicas:
+        # Low load means little while replicas that carried it are gone. What has never carried any hides none: a place that is not
+        # found, or a start that always fails, would else keep a service large for ever.
+        have_been = seen.replicas - seen.never_healthy
+        if seen.healthy < config.min_healthy_replicas_ratio * have_been:
             ratio = f"min_healthy_replicas_ratio={config.min_healthy_replicas_ratio:g}"
-            return self.says(0, "ratio", f"{seen.healthy} of {seen.replicas} replicas are healthy, {ratio}")
+            return self.says(0, "ratio", f"{seen.healthy} of {have_been} replicas are healthy, {ratio}")
         if cooling := self._cooling("down"):
             return self.says(0, "cooldown", f"load is low; {cooling}")
         # To nothing only when there was nothing to do, and nobody's session would be lost.

@@ -29,7 +29,7 @@ def draw(told: Mapping[str, Any], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     samples = told["samples"]
     unit, unit_s = ("h", 3600.0) if told["seconds"] >= 7200 else ("min", 60.0)
@@ -63,9 +63,10 @@ def draw(told: Mapping[str, Any], path: Path) -> None:
     line(latency, "p50_s", "p50", 1000.0, color="tab:blue")
     latency.set_ylabel("latency, ms")
     latency.set_yscale("log")
-    plain = FuncFormatter(lambda value, place: f"{value:g}")  # and no powers of ten
-    latency.yaxis.set_major_formatter(plain)
-    latency.yaxis.set_minor_formatter(plain)
+    # Numbers, not powers of ten; three of each decade, because a whole run may lie within one, and nine of each cover one another.
+    latency.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    latency.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    latency.yaxis.set_minor_formatter(NullFormatter())
     replicas.yaxis.set_major_locator(MaxNLocator(integer=True))
     latency.set_xlabel(unit)
     for axes in (load, replicas, queue):

@@ -144,7 +144,8 @@ def read_options(pairs: tuple[str, ...], **flags: Any) -> dict[str, Any]:
     if isinstance(chosen.get("autoscaling"), dict):
         from forge_contract.config import ServiceConfig
 
-        chosen["autoscaling"] = ServiceConfig.from_wire({"autoscaling": chosen["autoscaling"]}).autoscaling
+        # All of them, so that what is wrong with limits is told with what is wrong with thresholds. The class may have more to say.
+        chosen["autoscaling"] = ServiceConfig.from_wire(chosen).autoscaling
     return chosen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -38,8 +39,8 @@ def _head(told: Mapping[str, Any]) -> Text:
     lines = [
         f"{told['succeeded']:,} of {told['calls']:,} calls succeeded, {told['failed']:,} failed, "
         f"{told['outstanding_at_end']:,} not answered at the end",
-        f"{replicas['fewest']} to {replicas['most']} replicas, {replicas['at_end']} at the end, never fewer than "
-        f"{replicas['fewest_healthy']} healthy; {len(told['scale_events'])} scale events",
+        f"{_how_many(replicas)}, never fewer than {replicas['fewest_healthy']} healthy; "
+        f"{_s(len(told['scale_events']), 'scale event')}",
         f"longest queue {queue['longest']:,}" + (f" at {moment(queue['at_s'])}" if queue["longest"] else ""),
         f"{told['replica_seconds']:,.0f} replica-seconds ({hours:,.2f} h)"
         + (f", which cost {told['cost']:,.2f}" if told["cost"] is not None else ""),
@@ -50,6 +51,16 @@ def _head(told: Mapping[str, Any]) -> Text:
         lines.append(f"{batches['batches']:,} batches of {batches['avg_size']:.1f} calls, left for {reasons}")
     head = f"{told['class']}, {told['endpoint']}: {told['trace']} of {moment(told['seconds'])}, seed {told['seed']}"
     return Text.assemble((head, "bold"), "\n", "\n".join(lines))
+
+
+def _how_many(replicas: Mapping[str, Any]) -> str:
+    if replicas["fewest"] == replicas["most"]:
+        return f"{_s(replicas['most'], 'replica')} throughout"
+    return f"{replicas['fewest']} to {_s(replicas['most'], 'replica')}, {replicas['at_end']} at the end"
+
+
+def _s(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _latencies(told: Mapping[str, Any]) -> Table | None:
@@ -73,7 +84,10 @@ def _errors(told: Mapping[str, Any]) -> Table | None:
 def _course(samples: Sequence[Mapping[str, Any]]) -> Table:
     """The run in a few lines: of each stretch the mean load, the longest queue, the worst p99; replicas at its end."""
     table = plain_table("UNTIL", "#CALLS/S", "#REPLICAS", "#HEALTHY", "#QUEUED AT MOST", "#p99 AT WORST, ms")
-    length = -(-len(samples) // LINES)
+    a_second = (
+        math.ceil(1 / samples[0]["at"]) if samples else 1
+    )  # what is shorter has the same name as what is before it
+    length = max(-(-len(samples) // LINES), a_second)
     for start in range(0, len(samples), length):
         some = samples[start : start + length]
         worst = max((sample["p99_s"] for sample in some if sample["p99_s"] is not None), default=None)

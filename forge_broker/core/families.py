@@ -16,6 +16,7 @@ from forge_broker.core.replicas import ReplicaState
 from forge_broker.core.services import Endpoint, Service
 from forge_broker.core.state import State
 from forge_broker.core.workers import Worker, WorkerState
+from forge_contract.config import MOST_REPLICAS
 
 Value = tuple[float, ...]
 """One number; of a histogram, how many did not exceed each bound, how many there are, and their sum."""
@@ -190,12 +191,18 @@ def _of_services(state: State) -> Iterator[Family]:
         "Replicas that a service is to have, whatever they do.",
         ((service, service.wanted) for service in services),
     )
-    for name, text, limit in (
-        ("forge_replicas_min", "Fewest replicas that scaling may leave.", "min_replicas"),
-        ("forge_replicas_max", "Most replicas that scaling may make.", "max_replicas"),
-    ):
-        limits = ((service, getattr(service.config, limit)) for service in services)
-        yield gauge(name, text, ((service, value) for service, value in limits if value is not None))
+    yield gauge(
+        "forge_replicas_min",
+        "Fewest replicas that scaling may leave.",
+        ((service, service.config.limits.least) for service in services),
+    )
+    # Without autoscaling and without max_replicas there is no limit to come close to.
+    most = ((service, service.config.limits.most) for service in services)
+    yield gauge(
+        "forge_replicas_max",
+        "Most replicas that scaling may make.",
+        ((service, value) for service, value in most if value < MOST_REPLICAS),
+    )
     yield gauge(
         "forge_replicas_pending",
         "Replicas that no worker or GPU can be found for; `forge status` says why.",

@@ -160,12 +160,14 @@ def observe(service: Service, now: float) -> Observation:
     """The service as its policy sees it. Walks over replicas, never over calls."""
     replicas = service.replicas.values()
     pool = service.pool
+    fresh = [replica.state for replica in service.current if not (replica.healthy or replica.healthy_at)]
     # In a lane calls wait for company as long as somebody has room: no more replicas would help them.
     waiting = [queue for queue in service.queues if not (pool.roomy and isinstance(queue, Lane))]
     return Observation(
         replicas=service.wanted,
         healthy=len(pool),
-        starting=sum(replica.state in _STARTING and not replica.healthy_at for replica in service.current),
+        starting=sum(state in _STARTING for state in fresh),
+        never_healthy=len(fresh),
         queued=sum(queue.length for queue in waiting) + sum(replica.parked.length for replica in replicas),
         in_flight=sum(replica.active for replica in replicas),
         capacity_utilization=sum(replica.capacity_utilization for replica in pool) / max(1, len(pool)),

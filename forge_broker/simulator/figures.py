@@ -52,6 +52,8 @@ class Figures:
     )  # of calls that succeeded, in the order of their answers
     waits: array[float] = field(default_factory=lambda: array("d"))  # of the same: until their method began
     samples: list[Sample] = field(default_factory=list)
+    wanted_at_first: int = 0
+    fewest_healthy: int = 0  # at any moment, not only when samples were taken
     events: list[ScaleEvent] = field(default_factory=list)
     decisions: Counter[str] = field(default_factory=Counter)  # evaluations of the policy, by the rule that decided
     replica_seconds: float = 0.0  # of processes, from launch to end: what is paid for
@@ -63,7 +65,7 @@ class Figures:
         """As `forge simulate --json` prints it; times in seconds."""
         running = [latency - wait for latency, wait in zip(self.latencies, self.waits, strict=True)]
         samples = self.samples
-        most = max(samples, key=lambda sample: sample.wanted, default=None)
+        wanted = [self.wanted_at_first, *(event.wanted for event in self.events)]
         longest = max(samples, key=lambda sample: sample.queued_most, default=None)
         return {
             "calls": self.calls,
@@ -77,10 +79,10 @@ class Figures:
             "replica_seconds": round(self.replica_seconds, 3),
             "cost": None if price is None else round(self.replica_seconds / HOUR_S * price, 6),
             "replicas": {
-                "fewest": min((sample.wanted for sample in samples), default=0),
-                "most": most.wanted if most else 0,
-                "at_end": samples[-1].wanted if samples else 0,
-                "fewest_healthy": min((sample.healthy for sample in samples), default=0),
+                "fewest": min(wanted),
+                "most": max(wanted),
+                "at_end": wanted[-1],
+                "fewest_healthy": self.fewest_healthy,
             },
             "queue": {
                 "longest": longest.queued_most if longest else 0,

@@ -74,7 +74,8 @@ def trace_of(shape: str, rate: float, peak: float, seconds: float) -> Trace:
 
 def read_csv(path: Path, seconds: float | None = None) -> Trace:
     """A trace from a file: lines of `seconds,rate` (calls/s from then on), or of one number each, when calls came. A first line of
-    words is a heading. `seconds`: how much of it; else up to its last line, with a last rate as long as the one before.
+    words is a heading. `seconds`: how much of it; else all, with a last rate as long as the one before, and a mean distance
+    after the last call.
 
     Raises ConfigError naming lines and values.
     """
@@ -136,7 +137,12 @@ def _row_problems(number: int, row: list[float], rows: list[tuple[int, list[floa
 
 
 def _recorded(name: str, times: list[float], seconds: float | None) -> Trace:
-    until = math.nextafter(times[-1], math.inf) if seconds is None else seconds
+    if seconds is None:
+        span = times[-1] - times[0]
+        # Not up to the last call: it would end unanswered, or, by a rounding, be no part of it.
+        until = times[-1] + (span / (len(times) - 1) if span else 1.0)
+    else:
+        until = seconds
     kept = tuple(at for at in times if at < until)
     mean = len(kept) / until if until else 0.0
     return Trace(name, until, lambda at: mean, mean, kept)

@@ -126,6 +126,8 @@ class World:
             self._until_answered()
             self._sessions.append(session)
         self.began = self.now
+        self.figures.wanted_at_first = self.service.wanted
+        self.figures.fewest_healthy = len(self.service.pool)
 
     def _until_answered(self) -> tuple[bool, Any]:
         until = self.now + STARTS_WITHIN_S
@@ -182,6 +184,7 @@ class World:
             self.now, _, worker, what = heappop(heap)
             if worker is None:
                 what()
+                self._see_healthy()
             else:
                 self._run_over(worker, what)
             return True
@@ -191,7 +194,13 @@ class World:
         self._carry(self.core.tick(self.now))
         if self.now >= self.began:
             self._see_decisions()
+        self._see_healthy()
         return True
+
+    def _see_healthy(self) -> None:
+        """After all that takes a replica away: a process that ends, a decision, a deadline. Samples lie too far apart for the fewest."""
+        if self.now >= self.began:
+            self.figures.fewest_healthy = min(self.figures.fewest_healthy, len(self.service.pool))
 
     def _see_decisions(self) -> None:
         """What the policy has said since the last look: the service remembers the last hundred, we all."""

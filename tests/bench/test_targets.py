@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import core_alone, targets, through_the_broker
+from bench import core_alone, counting_cost, targets, through_the_broker
 from bench.chaos_processes import marked
 from bench.effort import Effort, Figures, NotHere
 from bench.peers.roster import ROOT
@@ -153,6 +153,19 @@ def test_the_core_alone_is_measured_in_every_way(measure: Any) -> None:
     found: Figures = measure(LITTLE)
     assert found
     assert all(value > 0 for name, values in found.items() for value in values if name not in ("bytes", "mb"))
+
+
+def test_what_counting_costs_is_measured_against_calls_that_are_not_counted() -> None:
+    """X3"""
+    with counting_cost.uncounted():
+        core, client, endpoint, workers = core_alone.serving(1)
+        core_alone.rounds(core, client, workers, [client.calls(endpoint, 3)])
+    (replica,) = core.broker.state.names["Echo"].replicas.values()
+    assert (client.results, replica.stats.total) == (3, 0)
+    core_alone.rounds(core, client, workers, [client.calls(endpoint, 2)])
+    assert replica.stats.total == replica.stats.latency.total()[0].calls == 2
+    found = counting_cost.counting_cost(Effort(runs=1, scale=0.002))
+    assert found.keys() == {"packed_us", "packed_counting_us", "lone_us", "lone_counting_us"}
 
 
 def test_the_table_is_what_make_bench_runs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,15 @@ def test_the_page_tells_what_happened_what_it_cost_and_why_it_scaled(folder: Pat
     assert done.stderr == ""
 
 
+def test_moments_that_were_recorded_are_all_played_and_answered_and_told_by_the_second(folder: Path) -> None:
+    (folder / "calls.csv").write_text("0\n0.5\n1\n1.5\n", "utf-8")
+    done = simulate(f"{MODULE}:Gen --trace calls.csv --service-time 100ms --spread 0")
+    assert done.exit_code == 0, done.output
+    assert "4 of 4 calls succeeded, 0 failed, 0 not answered at the end" in done.stdout
+    assert "1 replica throughout, never fewer than 1 healthy; 0 scale events" in done.stdout
+    assert re.findall(r"^\d:\d\d:\d\d", done.stdout, re.MULTILINE) == ["0:00:01", "0:00:02"]
+
+
 def test_a_file_is_played_at_its_own_rates(folder: Path) -> None:
     (folder / "load.csv").write_text("seconds,rate\n0,1\n60,20\n120,0\n", "utf-8")
     said = told(f"{MODULE}:Gen --trace load.csv")
@@ -181,6 +191,14 @@ def test_without_matplotlib_a_picture_is_refused_before_anything_is_computed(
         ("Gen --trace step --endpoint predit", "did you mean 'predict'"),
         ("Gen --trace step --option max_replica=3", "did you mean 'max_replicas'"),
         ("Gen --trace step --option min_replicas=5 --option max_replicas=3", "min_replicas=5 is above max_replicas=3"),
+        (
+            """Gen --trace step --option 'autoscaling={"up": 1}' --option min_replicas=5 --option max_replicas=3""",
+            "  - autoscaling: unknown option 'up'",
+        ),
+        (
+            """Gen --trace step --option 'autoscaling={"up": 1}' --option min_replicas=5 --option max_replicas=3""",
+            "  - min_replicas=5 is above max_replicas=3",
+        ),
         ("Gen --trace step --plot run.gif", "run.gif is no picture"),
         ("Gen --trace step --plot no/run.png", "no/run.png cannot be written"),
         ("Embed --trace step", "say by --batch-time how long"),

@@ -211,6 +211,7 @@ def test_what_is_wrong_with_thresholds_and_with_limits_is_told_together() -> Non
         "min_healthy_replicas_ratio": 2.0,
         "evaluate_every_s": 0.0,
         "policy": "no name",
+        "scale_up": 1,
     }
     with pytest.raises(ConfigError) as caught:
         ServiceConfig.from_wire({"min_replicas": 5, "max_replicas": 2, "num_replicas": 5, "autoscaling": wrong})
@@ -220,11 +221,13 @@ def test_what_is_wrong_with_thresholds_and_with_limits_is_told_together() -> Non
         "min_healthy_replicas_ratio is a share",
         "evaluate_every_s must be at least 0.01",
         "policy must be 'module:qualname', not 'no name'",
+        "autoscaling: unknown option 'scale_up'",
+        "autoscaling: the known ones are evaluate_every_s",
         "min_replicas=5 is above max_replicas=2",
     ):
         assert said in told
-    with pytest.raises(ConfigError, match="autoscaling: unknown option 'scale_up'"):
-        ServiceConfig.from_wire({"autoscaling": {"scale_up": 1}})
+    with pytest.raises(ConfigError, match="autoscaling: unknown option '1'"):
+        ServiceConfig.from_wire({"autoscaling": {1: 1}})
 
 
 class Policy(ScalingPolicy):

@@ -156,6 +156,12 @@ QUEUE, EMERGENCY = BUSY._replace(queued=10), BUSY._replace(queued=40)
             Case(QUIET._replace(healthy=1), LOW, config={"min_healthy_replicas_ratio": 0.25}),
             ((0, "ratio"), (-1, "low")),
         ),
+        # What was never healthy is not missed: no place for it, or starts that fail.
+        (
+            Case(QUIET._replace(healthy=1, never_healthy=1), LOW),
+            Case(QUIET._replace(healthy=1, never_healthy=2), LOW),
+            ((0, "ratio"), (-1, "low")),
+        ),
         # What would bring the rest near the threshold for adding stays.
         (
             Case(BUSY, LOW._replace(load=1.0), config={"scale_down_capacity_threshold": 0.6}),
@@ -206,7 +212,7 @@ def test_each_parameter_decides_at_its_value(
 
 observations = st.builds(
     lambda healthy, starting, lost, **rest: Observation(
-        replicas=healthy + starting + lost, healthy=healthy, starting=starting, **rest
+        replicas=healthy + starting + lost, healthy=healthy, starting=starting, never_healthy=starting, **rest
     ),
     *[st.integers(0, 12)] * 3,
     queued=st.sampled_from([0, 0, 1, 7, 30, 500]),
@@ -249,7 +255,8 @@ def test_whatever_is_observed_limits_cooldowns_and_the_healthy_ratio_hold(
             assert now - ups[-1] >= config.scale_up_cooldown
         if decision.rule in ("low", "idle") and decision.delta:
             assert -config.scale_down_step_size <= decision.delta < 0
-            assert observation.healthy >= config.min_healthy_replicas_ratio * observation.replicas
+            have_been = observation.replicas - observation.never_healthy
+            assert observation.healthy >= config.min_healthy_replicas_ratio * have_been
         if decision.rule == "idle":
             assert observation.queued + observation.in_flight + observation.sessions == 0
         if decision.delta:

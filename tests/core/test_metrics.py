@@ -12,6 +12,7 @@ from forge_broker.core.families import SECONDS, SIZES, Family, families
 from forge_broker.core.metrics import metrics
 from forge_broker.core.stats import ServiceStats
 from forge_client.metrics import Metrics
+from forge_contract.config import AutoscalingConfig
 from forge_contract.messages import FAILED, HEARTBEAT, OK, RAISED, REPLIES, UNTOUCHED
 from tests.core.peers import Bench, ClientPeer
 
@@ -256,6 +257,24 @@ def test_scale_events_are_counted_by_direction_and_rule() -> None:
     assert samples(bench, "forge_replicas_wanted") == {("Echo",): 2}
     assert samples(bench, "forge_replicas_max") == {("Echo",): 8}
     assert (told(bench).wanted_replicas, told(bench).scalings) == (2, {"up": 2, "down": 1})
+
+
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({"min_replicas": 2, "max_replicas": 3, "num_replicas": 2}, (2, 3)),
+        ({"autoscaling": AutoscalingConfig()}, (1, 10)),
+        ({}, (1, None)),
+    ],
+    ids=["given", "those of scaling by itself", "by hand, without a most"],
+)
+def test_the_limits_that_hold_are_told_also_where_nobody_gave_any(
+    options: dict[str, Any], limits: tuple[int, int | None]
+) -> None:
+    """X1, X3: an alert on a service at its limit compares with them."""
+    bench, *_ = Bench().serving(options.pop("num_replicas", 1), **options)
+    told = tuple(samples(bench, f"forge_replicas_{name}").get(("Echo",)) for name in ("min", "max"))
+    assert told == limits
 
 
 def test_rules_of_scaling_are_kept_apart_as_long_as_they_are_not_too_many() -> None:

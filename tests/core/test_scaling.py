@@ -216,6 +216,30 @@ def test_what_has_no_place_is_pending_with_the_reason_counts_as_starting_and_is_
     assert one.seen == [b"x"]
 
 
+@pytest.mark.parametrize("failing", [False, True], ids=["no place", "starts fail"])
+def test_replicas_that_never_got_healthy_do_not_keep_a_service_large(failing: bool) -> None:
+    """X1: though they are most of it, it shrinks when load is low, and gives up the last one that serves, too."""
+    bench = Bench() if failing else Bench(gpus=("0",))
+    up = {"scale_up_step_size": 4}
+    serving = scaled(1, bench=bench, most=5, min_replicas=0, with_gpus=not failing, autoscaling=up)
+    _, client, (one,), endpoint = serving
+
+    def pass_by(seconds: int) -> None:
+        for _ in range(seconds):
+            bench.advance(1.0)
+            for launch in bench.of(Launch):
+                bench.handle(LaunchEnded(launch.launch, "exit code 1", []))
+
+    client.call(endpoint, *[b"x"] * 8)
+    pass_by(1)
+    assert serving.service.wanted == 5
+    for _ in range(8):
+        one.reply()
+    pass_by(60)
+    assert serving.service.wanted == 0
+    assert last(serving)["rule"] == "limits"
+
+
 def test_an_idle_worker_is_used_before_a_process_is_started() -> None:
     """X2."""
     serving = scaled()

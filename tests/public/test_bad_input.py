@@ -112,9 +112,9 @@ def test_an_unknown_field_of_a_configuration_names_the_closest() -> None:
 def test_all_problems_of_a_configuration_are_told_in_one_error() -> None:
     """A3: with the names of the fields."""
     with pytest.raises(ConfigError) as caught:
-        ServiceConfig(procs=0, min_replicas=3, max_replicas=2, health_poll_rate=-1.0, errors="ignore")
-    assert len(caught.value.problems) >= 4
-    for field in ("procs", "min_replicas=3", "max_replicas=2", "health_poll_rate", "errors"):
+        ServiceConfig(procs=0, min_replicas=3, max_replicas=2, health_poll_rate=-1.0, errors="ignore", gpus=1)  # type: ignore[call-arg]
+    assert len(caught.value.problems) >= 5
+    for field in ("procs", "min_replicas=3", "max_replicas=2", "health_poll_rate", "errors", "unknown option 'gpus'"):
         assert field in str(caught.value)
 
 

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from forge_client import AutoscalingConfig, ConfigError, Decision, ScalingPolicy, Service
+from forge_client import AutoscalingConfig, ConfigError, Decision, ScalingPolicy
 from tests.public.actors import Counter, Predictor
-
-BOUND_S = 40.0
-BRISK = AutoscalingConfig(
-    evaluate_every_s=0.1,
-    smoothing_s=0.0,
-    scale_up_cooldown=0.1,
-    scale_down_cooldown=0.1,
-    min_time_between_scale_events=0.1,
-    scale_down_idle_time_threshold=0.5,
-)
-
-
-async def until(service: Service, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """What the service is like as soon as it is so: ask again and again, within a bound."""
-    async with asyncio.timeout(BOUND_S):
-        while not holds(state := await service.state()):
-            continue
-    return state
-
-
-def healthy(state: dict[str, Any]) -> int:
-    return sum(replica["healthy"] for replica in state["replicas"])
+from tests.public.watching import BRISK, healthy, until
 
 
 async def test_a_burst_brings_replicas_quiet_takes_them_all_and_the_next_call_brings_one_back() -> None:

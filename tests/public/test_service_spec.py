@@ -287,6 +287,34 @@ def test_every_code_block_of_the_specification_is_run_here() -> None:
     assert not missed, "not run by any test of tests/public:\n\n" + "\n".join(missed)
 
 
+@pytest.mark.skipif(not SPECIFICATION.exists(), reason="the specification does not lie beside this checkout")
+def test_every_parameter_of_the_specification_is_there_with_its_default() -> None:
+    """A3, X1: whether it does what it says is tried where it is decided, parameter by parameter (contract/test_scaling.py)."""
+    of_services, of_autoscaling = (
+        chapter("### ServiceConfig", "### Auto"),
+        chapter("### AutoscalingConfig", "## Metrics"),
+    )
+    names = re.findall(r"^\| `(\w+)` \|", of_services, re.MULTILINE)
+    assert len(names) == 8
+    assert set(names) <= ServiceConfig.known_options()
+    defaults = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", of_autoscaling, re.MULTILINE))
+    assert len(defaults) == 13
+    assert {name: str(getattr(AutoscalingConfig(), name)) for name in defaults} == defaults
+
+
+@pytest.mark.skipif(not SPECIFICATION.exists(), reason="the specification does not lie beside this checkout")
+def test_every_metric_of_the_specification_is_tried_with_an_exact_number() -> None:
+    """X4: by the row that says so, in core/test_metrics.py."""
+    rows = re.findall(r"^- \*\*([\w ]+)\*\*: ", chapter("## Metrics", "## Use Cases"), re.MULTILINE)
+    assert len(rows) == 13
+    tried = (Path(__file__).parents[1] / "core" / "test_metrics.py").read_text("utf-8")
+    assert [row for row in rows if f'"{row}: ' not in tried] == []
+
+
+def chapter(begins: str, ends: str) -> str:
+    return SPECIFICATION.read_text("utf-8").partition(begins)[2].partition(ends)[0]
+
+
 def holds(body: list[str], block: str) -> bool:
     """Whether all statements of the block stand in this body, one after the other."""
     wanted = [shape(statement) for statement in ast.parse(block).body]

@@ -119,6 +119,7 @@ def test_no_replica_is_removed_while_less_than_the_ratio_is_healthy() -> None:
         assert event.delta < 0
         assert before.healthy >= 0.5 * before.wanted, event
     assert figures.events[0].at > 600.0
+    assert figures.told()["replicas"]["fewest_healthy"] == 1
 
 
 def test_an_emergency_is_answered_within_one_evaluation_whatever_the_cooldowns() -> None:
@@ -158,6 +159,7 @@ def test_a_service_goes_to_zero_when_idle_and_comes_back_for_the_first_call_whic
     between = [sample for sample in figures.samples if down.at + 5 < sample.at < 2000.0]
     assert {(sample.wanted, sample.processes) for sample in between} == {(0, 0)}
     assert figures.replica_seconds == pytest.approx(sum(sample.processes for sample in figures.samples), abs=5.0)
+    assert figures.told()["replicas"] == {"fewest": 0, "most": 1, "at_end": 1, "fewest_healthy": 0}
 
 
 def test_a_service_that_starts_with_nothing_comes_for_its_first_call() -> None:
