@@ -118,13 +118,14 @@ def check(records: Iterable[Record], allowed: frozenset[str] = frozenset()) -> V
     asked: dict[str, Record] = {}
     outcomes: dict[str, Record] = {}
     runs: defaultdict[str, list[Record]] = defaultdict(list)
+    faults: defaultdict[str, list[float]] = defaultdict(list)  # when, by kind
     for record in records:
         if record.event == "invoke":
             asked[record.call] = record
         elif record.event == "run":
             runs[record.call].append(record)
         elif record.event == "fault":
-            verdict.faults[record.kind] = verdict.faults.get(record.kind, 0) + 1
+            faults[record.kind].append(record.time)
         elif record.event == "refused":
             if record.value:
                 verdict.duplicated.append(f"{record.value} replies reached process {record.who} a second time")
@@ -138,7 +139,8 @@ def check(records: Iterable[Record], allowed: frozenset[str] = frozenset()) -> V
             outcomes[record.call] = record
     _count(verdict, asked, outcomes, allowed)
     _judge_calls(verdict, asked, outcomes, runs)
-    _judge_sessions(verdict, asked, outcomes, runs)
+    verdict.faults = {kind: len(times) for kind, times in faults.items()}
+    _judge_sessions(verdict, asked, outcomes, runs, faults)
     return verdict
 
 
@@ -197,7 +199,11 @@ def _judge_calls(
 
 
 def _judge_sessions(
-    verdict: Verdict, asked: dict[str, Record], outcomes: dict[str, Record], runs: dict[str, list[Record]]
+    verdict: Verdict,
+    asked: dict[str, Record],
+    outcomes: dict[str, Record],
+    runs: dict[str, list[Record]],
+    faults: dict[str, list[float]],
 ) -> None:
     calls: defaultdict[str, list[Record]] = defaultdict(list)
     for record in asked.values():
@@ -209,7 +215,7 @@ def _judge_sessions(
         _judge_values(verdict, [outcomes.get(record.call) for record in sent])
         starts = sorted((start for record in sent for start in runs.get(record.call, ())), key=lambda start: start.time)
         verdict.moved += len({start.who for start in starts}) > 1
-        _judge_order(verdict, session, starts)
+        _judge_order(verdict, session, starts, faults)
 
 
 def _judge_values(verdict: Verdict, outcomes: list[Record | None]) -> None:
@@ -225,15 +231,22 @@ def _judge_values(verdict: Verdict, outcomes: list[Record | None]) -> None:
             return
 
 
-def _judge_order(verdict: Verdict, session: str, starts: list[Record]) -> None:
+def _judge_order(verdict: Verdict, session: str, starts: list[Record], faults: dict[str, list[float]]) -> None:
     """First runs come in the order sent. After a death another process may repeat calls from an earlier one on; the same process
-    never goes back."""
+    never goes back, but for a call whose reply may have died twice: with the worker that ran it, and with the broker that had it (F10)."""
     highest = 0
-    seen: set[int] = set()
+    seen: dict[int, Record] = {}
     last: dict[str, int] = {}
     for start in starts:
         before = last.get(start.who, 0)
-        if start.n < before:
+        first = seen.get(start.n)
+        twice = (faults.get("broker", []), [*faults.get("kill", []), *faults.get("stop", [])])
+        forgotten = (
+            first is not None
+            and first.who != start.who
+            and all(any(first.time < when < start.time for when in deaths) for deaths in twice)
+        )
+        if start.n < before and not forgotten:
             verdict.out_of_order.append(
                 f"session {session}: process {start.who} ran number {start.n} at {start.time:.3f}, after number {before}"
             )
@@ -241,6 +254,6 @@ def _judge_order(verdict: Verdict, session: str, starts: list[Record]) -> None:
             verdict.out_of_order.append(
                 f"session {session}: number {start.n} first ran at {start.time:.3f}, after number {highest}"
             )
-        seen.add(start.n)
+        seen.setdefault(start.n, start)
         last[start.who] = start.n
         highest = max(highest, start.n)

@@ -192,10 +192,12 @@ class PowerOfTwoRouter(Router):
 
     def get_replica(self, healthy_replicas: Any, sess_id: str | None = None, session_map: Any = None) -> Any:
         pool = _pool(healthy_replicas)
-        draw = self._random.randrange
-        first = _chosen(pool.with_room_after(pool[draw(len(pool))].idx - 1))
-        second = _chosen(pool.with_room_after(pool[draw(len(pool))].idx - 1))
+        first, second = self._draw(pool), self._draw(pool)
         return first if first.current_load <= second.current_load else second
+
+    def _draw(self, pool: Pool) -> Any:
+        drawn = pool[self._random.randrange(len(pool))]
+        return drawn if drawn.has_room else _chosen(pool.with_room_after(drawn.idx))
 
 
 class ConsistentHashRouter(Router):

@@ -142,9 +142,12 @@ class ClientLink(PeerLink):
             behind = order if session is None else session
             if self._last.get(behind, 0) > run.place:
                 run = self._new_run(endpoint, shape)
-            self._last[behind] = run.place
-        if session is not None or run.sessions is not None:
-            run.add_session(session)
+            if run.place:  # before the first run there is nothing to get into
+                self._last[behind] = run.place
+        if run.sessions is not None:
+            run.sessions.append(session)
+        elif session is not None:
+            run.begin_sessions(session)
         if extras is not None or run.extras is not None:
             run.add_extras(extras)
         run.seqs.append(seq)

@@ -47,10 +47,9 @@ class Run:
         self.sessions: list[str | None] | None = None  # None: no call is of one
         self.extras: list[Extras | None] | None = None
 
-    def add_session(self, session: str | None) -> None:
-        """That of the call that is added next."""
-        if self.sessions is None:
-            self.sessions = [None] * len(self.seqs)
+    def begin_sessions(self, session: str) -> None:
+        """The call that is added next is the first that is of one."""
+        self.sessions = [None] * len(self.seqs)
         self.sessions.append(session)
 
     def add_extras(self, extras: Extras | None) -> None:

@@ -149,6 +149,22 @@ def test_one_process_that_goes_back_in_a_session_is_out_of_order_even_if_the_cal
     assert check(told.records).out_of_order == ["session s: process w1 ran number 2 at 0.009, after number 3"]
 
 
+@pytest.mark.parametrize(("faults", "found"), [(["broker"], 1), (["kill"], 1), (["kill", "broker"], 0), ([], 1)])
+def test_a_reply_that_died_with_its_worker_and_its_broker_may_be_had_again_behind_later_ones(
+    faults: list[str], found: int
+) -> None:
+    """F10: nobody is left who knows of it, while the worker that the session has moved to has run the next."""
+    told = Told().counted(1)
+    for n, who in ((2, "w1"), (3, "w2")):
+        told.invoke(f"s{n}", "session", "s", n).run(f"s{n}", who, "session", "s", n)
+    for kind in faults:
+        told.fault(kind)
+    told.run("s2", "w2", "session", "s", 2)
+    for n in (2, 3):
+        told.ok(f"s{n}", "session", "s", n, n)
+    assert len(check(told.records).out_of_order) == found
+
+
 def test_what_ran_without_being_answered_may_run_again_from_there_in_another_process() -> None:
     """F2, S3: a death takes the replies of several calls along."""
     told = Told().counted(1)
