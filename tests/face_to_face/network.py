@@ -54,6 +54,10 @@ class Connection:
         """Whether it is down or swallows something; or has just been, and what is said since is still on its way."""
         return not self.up or self.swallow_to_broker or self.swallow_to_peer or now - self._back_at < BACK_S
 
+    def used_again(self, now: float) -> None:
+        """Its peer slept, and speaks by it as by one that was made anew."""
+        self._back_at = now
+
     def to_broker(self, frames: list[Any]) -> None:
         if not self.up or self.swallow_to_broker:
             return

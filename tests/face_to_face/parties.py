@@ -102,6 +102,7 @@ class Peer:
 
     def resume(self) -> None:
         self.paused = self.stopped = False
+        self.connection.used_again(self.world.clock.now)
         held, self._held = self._held, []
         if self.reconnected_meanwhile:
             self.reconnected_meanwhile = False
