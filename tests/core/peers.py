@@ -354,11 +354,11 @@ def spec(
     target: dict[str, Any] | None = None,
     class_name: str = "Echo",
     endpoint_options: dict[str, Any] | None = None,
+    own_options: dict[str, dict[str, Any]] | None = None,
     exports: bool = False,
     **config: Any,
 ) -> dict[str, Any]:
     """What a client sends with `deploy` (PROTOCOL.md §7.1)."""
-    options = EndpointOptions(**(endpoint_options or {})).to_wire()
     return {
         "kind": kind,
         "class_name": class_name,
@@ -371,7 +371,7 @@ def spec(
             {
                 "name": name,
                 "router": (routers or {}).get(name) or {"name": "RoundRobinRouter", "options": {}},
-                "options": options,
+                "options": EndpointOptions(**(endpoint_options or {}), **(own_options or {}).get(name, {})).to_wire(),
                 "signature": None,
             }
             for name in endpoints

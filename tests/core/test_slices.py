@@ -11,6 +11,7 @@ from forge_contract.errors import (
     Overloaded,
     ProtocolError,
     ServiceStopped,
+    SessionLost,
     UnknownSession,
 )
 from forge_contract.messages import DISPATCH, DROP, OK, RAISED, REPLIES, UNTOUCHED
@@ -386,3 +387,33 @@ def test_an_unknown_session_among_others_is_refused_and_the_others_go_on() -> No
     one.reply()
     two.reply()
     assert client.results[good] == (OK, b"a")
+
+
+def test_a_session_that_was_answered_only_among_others_has_something_to_lose() -> None:
+    """S3: on_session_loss."""
+    bench, client, (one, _), endpoint = Bench().serving(2, on_session_loss="raise")
+    client.ask("open_session", service=bench.service().id, session="s", hints={})
+    client.call(endpoint, b"first", session="s")  # which gives it its home
+    client.call(endpoint, b"second", b"third", session="s")
+    reply(one, one.calls[1])
+    one.die()
+    assert client.results[2] == (OK, b"second")
+    assert isinstance(client.error(1), SessionLost)
+    assert isinstance(client.error(3), SessionLost)
+
+
+def test_calls_of_a_session_stay_behind_one_that_waits_for_company() -> None:
+    """A6: at another endpoint, and though there is room."""
+    bench, client, (worker,), batched = Bench().serving(
+        1,
+        endpoints=("predict", "other"),
+        own_options={"predict": {"batch_size": 4, "batch_mode": "call", "batch_sessions": True}},
+    )
+    plain = batched + 1
+    client.ask("open_session", service=bench.service().id, session="s", hints={})
+    client.call(plain, b"first", session="s")
+    client.call(batched, b"waits", session="s")
+    client.call(plain, b"after", session="s")
+    assert worker.seen == [b"first"]
+    bench.advance(0.01)
+    assert worker.seen == [b"first", b"waits", b"after"]
