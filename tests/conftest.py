@@ -52,7 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def nothing_left_running() -> Iterator[None]:
     """Fails the run, naming them, if processes of ours are alive when all tests are over."""
     yield
-    _, alive = psutil.wait_procs(forge_processes(), timeout=EXIT_GRACE_S)
+    _, there = psutil.wait_procs(forge_processes(), timeout=EXIT_GRACE_S)
+    alive = [process for process in there if not has_ended(process)]
     if not alive:
         return
     told = "\n".join(f"  pid {process.pid}, parent {parent_of(process)}: {line_of(process)}" for process in alive)
@@ -84,6 +85,14 @@ def runs_forge(process: psutil.Process) -> bool:
     return any(
         Path(argument).name == "forge" or any(program in argument for program in PROGRAMS) for argument in arguments[1:]
     )
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Also one whose parent has not taken note: an orphan's is init, which is in no hurry on a busy machine."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def line_of(process: psutil.Process) -> str:
