@@ -393,9 +393,8 @@ class Dispatch:
         lost = running if convicted is None else convicted
         parked = replica.parked.drain()
         given_back = [request for request in parked if request.attempt]
-        if (
-            given_back
-        ):  # by a worker that was lost before it had given back all: the others ran beside them, and may be younger
+        if given_back:
+            # By a worker that was lost before it had given back all: the others ran beside them, and may be younger.
             parked = [request for request in parked if not request.attempt]
             running = sorted(running + given_back, key=lambda request: (request.queued_at, request.id))
         self._returns.take_back(replica, running + parked, why, now, lost=True, convicted=lost)

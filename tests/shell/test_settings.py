@@ -36,7 +36,8 @@ def test_the_place_of_http_is_meant_for_the_broker_of_the_machine_and_not_for_a_
 
 
 def test_variables_of_other_programs_are_left_alone() -> None:
-    load({}, {"FORGE_TEST_RUN": "x", "FORGE_BROKER": "tcp://a:1", "HOME": "/nowhere"})
+    others = {"FORGE_TEST_RUN": "x", "FORGE_BROKER": "tcp://a:1", "HOME": "/nowhere"}
+    assert load({}, others) == load({}, {"HOME": "/nowhere"})
 
 
 def test_every_wrong_variable_is_named() -> None:
