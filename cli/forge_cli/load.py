@@ -195,7 +195,7 @@ def _progress(tally: Tally, seconds: float) -> Iterator[None]:
     """A bar on a terminal, now and then a line elsewhere; on stderr, so that a pipe gets the table alone. On a running loop."""
     import asyncio
 
-    from forge_cli.open_loop import quantile
+    from forge_broker.simulator.figures import quantile
 
     began = time.monotonic()
     seen = [began, 0, 0]  # when, and how many were sent and answered, at the last look

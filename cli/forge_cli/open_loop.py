@@ -17,6 +17,8 @@ from functools import partial
 from random import Random
 from typing import Any, Final
 
+from forge_broker.simulator.figures import percentiles, quantile
+
 PERCENTILES: Final = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
 # Sent in one turn when we are behind; then the loop looks at its sockets, or answers that are there would count as late.
 BURST: Final = 64
@@ -37,11 +39,6 @@ def uniform(rate: float, seconds: float) -> Iterator[float]:
     """The same at equal distances."""
     for number in range(math.ceil(rate * seconds)):
         yield number / rate
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """The least value that this share of them does not exceed. `ordered` is sorted; 0 of none."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
 class Tally:
@@ -69,7 +66,7 @@ class Tally:
 
     @property
     def kept_up(self) -> bool:
-        return quantile(sorted(self.delays), 0.99) <= LATE_S
+        return not self.delays or quantile(sorted(self.delays), 0.99) <= LATE_S
 
     def refuse(self, error: BaseException) -> None:
         """One that failed."""
@@ -81,7 +78,6 @@ class Tally:
 
     def told(self) -> dict[str, Any]:
         """As `forge load --json` has it; times in seconds."""
-        latencies, delays = sorted(self.latencies), sorted(self.delays)
         return {
             "seconds": round(self.seconds, 3),
             "sent": self.sent,
@@ -94,19 +90,10 @@ class Tally:
             "timeouts": self.timeouts,
             "outstanding_at_end": self.outstanding if self.outstanding_at_end is None else self.outstanding_at_end,
             "unanswered": self.outstanding,
-            "latency_s": _percentiles(latencies),
-            "spread": _spread(latencies),
-            "sent_late_s": _percentiles(delays),
+            "latency_s": percentiles(self.latencies, PERCENTILES),
+            "spread": _spread(self.latencies),
+            "sent_late_s": percentiles(self.delays, PERCENTILES),
         }
-
-
-def _percentiles(ordered: Sequence[float]) -> dict[str, float] | None:
-    """None where there is nothing to measure: 0 would be read as quick."""
-    if not ordered:
-        return None
-    figures = {name: quantile(ordered, share) for name, share in PERCENTILES.items()}
-    figures |= {"max": ordered[-1], "mean": math.fsum(ordered) / len(ordered)}
-    return {name: round(seconds, 6) for name, seconds in figures.items()}
 
 
 def _spread(values: Sequence[float]) -> float | None:

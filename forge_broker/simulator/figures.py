@@ -7,9 +7,10 @@ from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 HOUR_S = 3600.0
+PERCENTILES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 class Sample(NamedTuple):
@@ -35,9 +36,19 @@ class ScaleEvent(NamedTuple):
     wanted: int  # replicas after it
 
 
-def quantile(ordered: Sequence[float], share: float) -> float | None:
-    """The least value that this share of them does not exceed. `ordered` is sorted; None of none."""
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """The least value that this share of them does not exceed. `ordered` is sorted, and not empty."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def percentiles(values: Sequence[float], shares: Mapping[str, float]) -> dict[str, float] | None:
+    """These, with `max` and `mean`. None where there is nothing to measure: 0 would be read as quick."""
+    if not len(values):
+        return None
+    ordered = sorted(values)
+    figures = {name: quantile(ordered, share) for name, share in shares.items()}
+    figures |= {"max": ordered[-1], "mean": math.fsum(ordered) / len(ordered)}
+    return {name: round(value, 6) for name, value in figures.items()}
 
 
 @dataclass(kw_only=True)
@@ -73,9 +84,9 @@ class Figures:
             "failed": self.failed.total(),
             "errors": dict(self.failed.most_common()),
             "outstanding_at_end": self.outstanding,
-            "latency_s": _percentiles(self.latencies),
-            "waiting_s": _percentiles(self.waits),
-            "running_s": _percentiles(running),
+            "latency_s": percentiles(self.latencies, PERCENTILES),
+            "waiting_s": percentiles(self.waits, PERCENTILES),
+            "running_s": percentiles(running, PERCENTILES),
             "replica_seconds": round(self.replica_seconds, 3),
             "cost": None if price is None else round(self.replica_seconds / HOUR_S * price, 6),
             "replicas": {
@@ -94,15 +105,3 @@ class Figures:
             "samples": [sample._asdict() for sample in samples],
             "notes": self.notes,
         }
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
-    """None where there is nothing to measure: 0 would be read as quick."""
-    if not len(values):
-        return None
-    ordered = sorted(values)
-    figures = {
-        name: quantile(ordered, share) or 0.0
-        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("max", 1.0))
-    }
-    return {name: round(value, 6) for name, value in (figures | {"mean": math.fsum(ordered) / len(ordered)}).items()}

@@ -232,8 +232,8 @@ class World:
                 queued=queued,
                 queued_most=max(queued, self._queued_most),
                 in_flight=sum(replica.active for replica in replicas),
-                p50_s=quantile(fresh, 0.5),
-                p99_s=quantile(fresh, 0.99),
+                p50_s=quantile(fresh, 0.5) if fresh else None,
+                p99_s=quantile(fresh, 0.99) if fresh else None,
             )
         )
         self._calls_seen, self._answers_seen, self._queued_most = len(self._arrived), len(figures.latencies), queued

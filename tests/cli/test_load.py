@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from forge_broker.simulator.figures import percentiles, quantile
 from forge_cli.load import number_ms
-from forge_cli.open_loop import OpenLoop, poisson, quantile, uniform
+from forge_cli.open_loop import OpenLoop, poisson, uniform
 from forge_cli.options import read_seconds
 from forge_contract.errors import BrokerLost, Overloaded
 from tests.cli.fake import Told, told
@@ -143,7 +144,7 @@ async def test_what_concerns_one_call_is_counted_and_a_broker_that_is_lost_ends_
 
 def test_percentiles_are_values_that_were_measured() -> None:
     assert [quantile([1.0, 2.0, 3.0, 4.0], share) for share in (0.0, 0.25, 0.5, 0.51, 0.99, 1.0)] == [1, 1, 2, 3, 4, 4]
-    assert quantile([], 0.5) == 0.0
+    assert percentiles([], {"p50": 0.5}) is None
     assert [number_ms(seconds) for seconds in (0.00084, 0.0123, 1.234)] == ["0.84", "12.3", "1,234"]
 
 
