@@ -83,6 +83,17 @@ def broker_option(command: Command) -> Command:
     )(command)
 
 
+def service_options(command: Command) -> Command:
+    """`--option KEY=VALUE`, as often as wanted; the command gets the texts as `options`."""
+    return click.option(
+        "--option",
+        "options",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Any other option of ServiceConfig. May be repeated.",
+    )(command)
+
+
 def _resolve(context: click.Context, option: click.Parameter, value: str | None) -> str:
     return resolve_broker(value)[0]
 

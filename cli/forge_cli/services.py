@@ -13,7 +13,7 @@ import click
 
 from forge_cli.conversation import converse
 from forge_cli.exits import Misused
-from forge_cli.options import broker_option, read_value, split_pairs
+from forge_cli.options import broker_option, read_value, service_options, split_pairs
 from forge_cli.terminal import write_json
 
 if TYPE_CHECKING:
@@ -29,13 +29,7 @@ if TYPE_CHECKING:
     "--procs", type=int, metavar="N", help="Worker processes (ranks) of a replica. [default: the class's own, or 1]"
 )
 @click.option("--with-gpus", is_flag=True, help="A GPU for each rank.")
-@click.option(
-    "--option",
-    "options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any other option of ServiceConfig. May be repeated.",
-)
+@service_options
 @click.option(
     "--arg",
     "arguments",

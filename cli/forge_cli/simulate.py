@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from forge_cli.exits import Misused
-from forge_cli.options import Duration, Rate, read_seconds
+from forge_cli.options import Duration, Rate, read_seconds, service_options
 from forge_cli.services import load_class, read_options
 from forge_cli.terminal import stdout_console, write_json
 
@@ -89,13 +89,7 @@ MOST_CALLS: Final = 10_000_000  # some minutes and half a gigabyte; beyond that 
 )
 @click.option("--timeout", type=Duration(), metavar="DURATION", help="Of each call. [default: the endpoint's own]")
 @click.option("--replicas", type=int, metavar="N", help="At the start. [default: the class's own, or 1]")
-@click.option(
-    "--option",
-    "options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any other option of ServiceConfig. May be repeated.",
-)
+@service_options
 @click.option(
     "--price", type=click.FloatRange(min=0), metavar="PRICE", help="Of a replica for an hour: shows what it costs."
 )
