@@ -234,13 +234,13 @@ def _judge_values(verdict: Verdict, outcomes: list[Record | None]) -> None:
 def _judge_order(verdict: Verdict, session: str, starts: list[Record], faults: dict[str, list[float]]) -> None:
     """First runs come in the order sent. After a death another process may repeat calls from an earlier one on; the same process
     never goes back, but for a call whose reply may have died twice: with the worker that ran it, and with the broker that had it (F10)."""
+    twice = (faults.get("broker", []), [*faults.get("kill", []), *faults.get("stop", [])])
     highest = 0
     seen: dict[int, Record] = {}
     last: dict[str, int] = {}
     for start in starts:
         before = last.get(start.who, 0)
         first = seen.get(start.n)
-        twice = (faults.get("broker", []), [*faults.get("kill", []), *faults.get("stop", [])])
         forgotten = (
             first is not None
             and first.who != start.who
