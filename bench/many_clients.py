@@ -2,8 +2,8 @@
 
     python -m bench.many_clients forge ipc:///run/user/1000/broker.sock 8     # one process, 8 connections; a rate for each line it reads
 
-The same loop for Forge broker and for `zmq.proxy`: a call, its answer, the next. What differs is the client below it, a future for
-each call there and a bare socket here. `Crowd` starts the processes and has them run at the same time.
+The same loop for Forge broker and for `zmq.proxy`: a call, its answer, the next. Behind `zmq.proxy` there are two kinds of client, as in
+`zmq_proxy`: one that awaits a future for each call, and a bare socket. `Crowd` starts the processes and has them run at the same time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import Any, Final
 
 import zmq
 
-from bench.closed_loop import PAYLOAD, Call
+from bench.closed_loop import PAYLOAD, REPLICAS, Call
+from bench.zmq_proxy import Awaited
 
 READY: Final = "ready"
 FORGE: Final = "forge"
 PROXY: Final = "proxy"
+BARE: Final = "bare"
 
 
 class Crowd:
@@ -78,23 +80,35 @@ async def forge(address: str, connections: int) -> None:
     for _ in range(connections):
         await connect(address)
         routes.append((await get_service("Echo")).echo.route)  # bound to the latest connection
-    print(READY, flush=True)
-
-    async def caller(route: Call, until: float) -> int:
-        calls = 0
-        while time.perf_counter() < until:
-            await route(PAYLOAD)
-            calls += 1
-        return calls
-
-    while line := await asyncio.to_thread(sys.stdin.readline):
-        began = time.perf_counter()
-        calls = await asyncio.gather(*(caller(route, began + float(line)) for route in routes))
-        print(sum(calls) / (time.perf_counter() - began), flush=True)
+    await rates(routes)
     await shutdown()
 
 
-def proxy(address: str, connections: int) -> None:
+async def proxy(address: str, connections: int) -> None:
+    clients = [Awaited(address, REPLICAS) for _ in range(connections)]
+    await rates([client.call for client in clients])
+    for client in clients:
+        client.close()
+
+
+async def rates(calls: Sequence[Call]) -> None:
+    """A rate for each line: one caller for each of these."""
+
+    async def caller(call: Call, until: float) -> int:
+        count = 0
+        while time.perf_counter() < until:
+            await call(PAYLOAD)
+            count += 1
+        return count
+
+    print(READY, flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        began = time.perf_counter()
+        counts = await asyncio.gather(*(caller(call, began + float(line)) for call in calls))
+        print(sum(counts) / (time.perf_counter() - began), flush=True)
+
+
+def bare(address: str, connections: int) -> None:
     context = zmq.Context()
     sockets = [context.socket(zmq.DEALER) for _ in range(connections)]
     poller = zmq.Poller()
@@ -134,10 +148,11 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 def main(arguments: Sequence[str]) -> Any:
     kind, address, connections = arguments
-    if kind == PROXY:
-        return proxy(address, int(connections))
+    if kind == BARE:
+        return bare(address, int(connections))
+    clients = {FORGE: forge, PROXY: proxy}[kind]
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        return runner.run(forge(address, int(connections)))
+        return runner.run(clients(address, int(connections)))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,11 @@ class Result(NamedTuple):
 CREDIT: Final = "64 B, 2 replicas, room 1024"
 PER_S = partial(Target, "calls_per_s", "calls/s")
 OF_PROXY = partial(Target, "of_proxy", "× zmq.proxy", digits=2)
-PROXY = Target("proxy_per_s", "zmq.proxy, calls/s")
+PROXY = (
+    Target("proxy_per_s", "zmq.proxy, calls/s"),
+    Target("of_bare_proxy", "× zmq.proxy, nobody awaiting", digits=2),
+    Target("bare_per_s", "zmq.proxy, nobody awaiting, calls/s"),
+)
 
 ROWS: Final = (
     Row(
@@ -97,28 +101,28 @@ ROWS: Final = (
         "512 outstanding",
         f"uvloop, {CREDIT}",
         partial(through_the_broker.closed_loop, outstanding=512),
-        (PER_S(least=150_000), OF_PROXY(least=2.2), PROXY),
+        (PER_S(least=150_000), OF_PROXY(least=2.2), *PROXY),
     ),
     Row(
         "asyncio_512",
         "512 outstanding",
         f"asyncio, {CREDIT}",
         partial(through_the_broker.closed_loop, outstanding=512, uvloop=False),
-        (PER_S(least=110_000), OF_PROXY(least=1.6), PROXY),
+        (PER_S(least=110_000), OF_PROXY(least=1.6), *PROXY),
     ),
     Row(
         "uvloop_4096",
         "4,096 outstanding",
         f"uvloop, {CREDIT}",
         partial(through_the_broker.closed_loop, outstanding=4096),
-        (PER_S(least=110_000), PROXY),
+        (PER_S(least=110_000), *PROXY),
     ),
     Row(
         "room_10",
         "512 outstanding, default room",
         "uvloop, 64 B, 2 replicas, room 10",
         partial(through_the_broker.closed_loop, outstanding=512, room=10),
-        (PER_S(least=60_000), PROXY),
+        (PER_S(least=60_000), *PROXY),
     ),
     Row(
         "uvloop_64",
@@ -135,7 +139,7 @@ ROWS: Final = (
         (
             OF_PROXY(least=0.5),
             PER_S(),
-            PROXY,
+            *PROXY,
             Target("broker_us", "CPU of the broker, µs a call", digits=1),
         ),
     ),

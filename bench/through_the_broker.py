@@ -35,7 +35,7 @@ from bench.closed_loop import (
     timed_rate,
 )
 from bench.effort import Effort, Figures, NotHere
-from bench.many_clients import FORGE, PROXY, Crowd, loop_factory
+from bench.many_clients import BARE, FORGE, PROXY, Crowd, loop_factory
 from forge_client import ForgeActor, shutdown
 from forge_client.connection import current_client
 
@@ -67,20 +67,25 @@ async def serving(cls: type[ForgeActor] = Echo, room: int = ROOM) -> AsyncIterat
 
 
 def closed_loop(effort: Effort, outstanding: int, *, uvloop: bool = True, room: int = ROOM) -> Figures:
-    """Calls/s beside `zmq.proxy`, run by run."""
+    """Calls/s beside `zmq.proxy`, run by run, there once by the same loop of awaited calls and once by a client that awaits none."""
 
     async def measure() -> Figures:
-        found: Figures = {"calls_per_s": [], "of_proxy": [], "proxy_per_s": []}
+        found: Figures = {
+            name: [] for name in ("calls_per_s", "of_proxy", "proxy_per_s", "of_bare_proxy", "bare_per_s")
+        }
         async with serving(room=room) as service:
             with zmq_proxy.running(REPLICAS) as address:
-                proxy = zmq_proxy.Client(address, REPLICAS)
-                await rate(service.echo.route, outstanding, effort.seconds)  # warm
+                awaited, bare = zmq_proxy.Awaited(address, REPLICAS), zmq_proxy.Client(address, REPLICAS)
+                for call in (awaited.call, service.echo.route):
+                    await rate(call, outstanding, effort.seconds)  # warm
                 for _ in range(effort.runs):
                     ours = await rate(service.echo.route, outstanding, effort.seconds)
-                    theirs = proxy.rate(PAYLOAD, outstanding, effort.seconds)
-                    for name, value in zip(found, (ours, ours / theirs, theirs), strict=True):
+                    theirs = await rate(awaited.call, outstanding, effort.seconds)
+                    barely = bare.rate(PAYLOAD, outstanding, effort.seconds)
+                    for name, value in zip(found, (ours, ours / theirs, theirs, ours / barely, barely), strict=True):
                         found[name].append(value)
-                proxy.close()
+                awaited.close()
+                bare.close()
         return found
 
     return on_a_loop(measure(), uvloop=uvloop)
@@ -102,14 +107,16 @@ def with_p99(effort: Effort, outstanding: int) -> Figures:
 
 def many_clients(effort: Effort) -> Figures:
     async def measure() -> Figures:
-        found: Figures = {"of_proxy": [], "calls_per_s": [], "proxy_per_s": [], "broker_us": []}
+        found: Figures = {
+            name: [] for name in ("calls_per_s", "of_proxy", "proxy_per_s", "of_bare_proxy", "bare_per_s", "broker_us")
+        }
         async with serving():
             with contextlib.ExitStack() as stack:
                 front = stack.enter_context(zmq_proxy.running(REPLICAS))
                 processes = Processes()
                 broker = (await current_client()).address
                 crowds = []
-                for kind, address in ((FORGE, broker), (PROXY, front)):
+                for kind, address in ((FORGE, broker), (PROXY, front), (BARE, front)):
                     crowds.append(await asyncio.to_thread(Crowd, kind, address, PROCESSES, CONNECTIONS))
                     stack.callback(crowds[-1].end)
                 for run in range(effort.runs + 1):
@@ -117,9 +124,9 @@ def many_clients(effort: Effort) -> Figures:
                     ours = await asyncio.to_thread(crowds[0].rate, effort.seconds)
                     calls = ours * (time.perf_counter() - began)
                     used = processes.cpu_s()["broker"] - before["broker"]
-                    theirs = await asyncio.to_thread(crowds[1].rate, effort.seconds)
+                    theirs, barely = [await asyncio.to_thread(crowd.rate, effort.seconds) for crowd in crowds[1:]]
                     if run:  # the first warms up
-                        values = (ours / theirs, ours, theirs, used / calls * 1e6)
+                        values = (ours, ours / theirs, theirs, ours / barely, barely, used / calls * 1e6)
                         for name, value in zip(found, values, strict=True):
                             found[name].append(value)
         return found

@@ -135,8 +135,11 @@ def test_calls_through_the_broker_beside_the_proxy(monkeypatch: pytest.MonkeyPat
         "calls_per_s": 2,
         "of_proxy": 2,
         "proxy_per_s": 2,
+        "of_bare_proxy": 2,
+        "bare_per_s": 2,
     }
     assert found["of_proxy"][0] == found["calls_per_s"][0] / found["proxy_per_s"][0] > 0
+    assert found["of_bare_proxy"][0] == found["calls_per_s"][0] / found["bare_per_s"][0] > 0
 
 
 @pytest.mark.parametrize(
