@@ -174,7 +174,9 @@ class Queued:
     """So many calls that wait, since no replica has room, and what the broker is like meanwhile."""
 
     def __init__(self, count: int) -> None:
-        core, client, endpoint, (worker,) = serving(1, replica_max_concurrent_requests=1, max_queued_requests=NO_LIMIT)
+        core, client, endpoint, (worker,) = serving(
+            1, replica_max_concurrent_requests=1, dispatch_ahead_s=0.0, max_queued_requests=NO_LIMIT
+        )
         settle_memory()
         client.say_frames(client.calls(endpoint, 1))
         before = resident_bytes()

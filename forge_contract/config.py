@@ -218,6 +218,8 @@ class ServiceConfig:
     return_first_rank_result: bool = True  # rank 0's value instead of a ValueMesh over all ranks
     errors: str = "raise"  # "return": an endpoint's exception comes back as the value
     delivery: str | None = None  # "at_least_once" (services), "at_most_once" (actors) when None
+    # Seconds' worth of calls that a replica may get beyond what it runs at once, while it ends calls in microseconds; 0: none.
+    dispatch_ahead_s: float = 0.002
     max_queued_requests: int = 100_000  # waiting per endpoint; past it `Overloaded`
     no_replica_grace_s: float = 60.0  # how long a call waits while no replica is healthy
 
@@ -288,6 +290,8 @@ class ServiceConfig:
             self, 0, "num_replicas", "min_replicas", "gpus_per_replica", "no_replica_grace_s", "stop_grace_s"
         )
         problems.at_least(self, 0, "warm_spares")
+        problems.at_least(self, 0, "dispatch_ahead_s")
+        problems.at_most(self, 1, "dispatch_ahead_s")
         problems.at_least(self, 0, "restart_backoff_s", "restart_backoff_at_most_s")
         problems.positive(self, "health_poll_rate", "session_ttl_s", "start_timeout_s")
         least, most = self.min_replicas, self.max_replicas

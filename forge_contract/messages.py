@@ -45,6 +45,7 @@ IMPORT: Final = 39
 FORGET: Final = 40
 RESIZED: Final = 41
 WARM: Final = 42
+RECALL: Final = 43
 
 # Worker to broker.
 MASTER: Final = 48
@@ -59,14 +60,15 @@ OK: Final = 0  # the payload is the value
 RAISED: Final = 1  # the payload is a user's exception
 FAILED: Final = 2  # the payload is msgpack [code, fields] of one of our errors
 DROPPED: Final = 3  # worker to broker: it was cancelled and has ended
-UNTOUCHED: Final = 4  # worker to broker: not started, given back
+UNTOUCHED: Final = 4  # worker to broker: not started, given back by one that leaves
+RETURNED: Final = 5  # worker to broker: not started, given back because it was called back
 
 NAMES: Final[dict[int, str]] = {
     number: name
     for name, number in sorted(globals().items())
     if name.isupper()
     and isinstance(number, int)
-    and name not in {"VERSION", "OK", "RAISED", "FAILED", "DROPPED", "UNTOUCHED"}
+    and name not in {"VERSION", "OK", "RAISED", "FAILED", "DROPPED", "UNTOUCHED", "RETURNED"}
 }
 
 SEQUENCE_BITS: Final = 40

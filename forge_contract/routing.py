@@ -29,11 +29,13 @@ class ReplicaView(Protocol):
     @property
     def has_room(self) -> bool: ...
     @property
-    def current_load(self) -> int: ...  # active and parked
+    def free(self) -> int: ...  # how many more calls it would get now
+    @property
+    def current_load(self) -> int: ...  # active and waiting for it
     @property
     def active_requests(self) -> int: ...
     @property
-    def queue_depth(self) -> int: ...  # parked for this replica
+    def queue_depth(self) -> int: ...  # waiting for this replica
     @property
     def max_concurrent_requests(self) -> int: ...
     @property
@@ -159,7 +161,7 @@ class RoundRobinRouter(Router):
             share = -(-count // roomy)
             for _ in range(min(roomy, -(-count // share))):
                 replica = _chosen(pool.with_room_after(self._last))
-                dealt = min(share, count, replica.max_concurrent_requests - replica.active_requests)
+                dealt = min(share, count, replica.free)
                 self._last = replica.idx
                 count -= dealt
                 yield replica, dealt

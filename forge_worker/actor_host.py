@@ -7,7 +7,8 @@ there is something to flush. When a call may start is decided in `_admit` and wh
    it needs to the checkpoint that its reply takes along: `sessions`. For such a call no other order counts.
 2. A call with order keys (its session, or its client where the broker says so; all sessions of a batch) waits until the one
    before it under each has begun: `_behind`. A mesh's calls have no key: there, at most one runs, and they start in order anyway.
-3. Never more than `concurrency` run: `_waiting`, in order of dispatch.
+3. Never more than `concurrency` run: `_waiting`, in order of dispatch. The broker may send more (RECALL), and calls without order
+   wait as they came.
 4. A plain `def` needs a thread of its endpoint: `parked`, in that endpoint. Others pass it: a slow endpoint starves nobody.
 
 An async endpoint has begun when its task takes its first step, a plain one when its thread is about to call it.
@@ -23,12 +24,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
+from itertools import compress
 from typing import Any, cast
 
 from forge_client.context import request_var, session_var
 from forge_contract.errors import ForgeError
 from forge_contract.framing import Payload
-from forge_contract.messages import DROPPED, OK, RAISED, UNTOUCHED
+from forge_contract.messages import DROPPED, OK, RAISED, RETURNED, UNTOUCHED
 from forge_contract.payload import decode_call
 from forge_worker.assignment import Assignment
 from forge_worker.batches import in_lists
@@ -86,7 +88,7 @@ class ActorHost:
         self._calls: dict[int, Call] = {}
         self._active = 0  # started, those of bursts among them
         self._burst_since = 0.0  # monotonic seconds, 0.0: none is under way
-        self._waiting: deque[Call] = deque()
+        self._waiting: deque[Call | Run] = deque()
         self._unbegun: dict[Key, Call] = {}  # under each key the last one admitted, until it has begun
         self._behind: dict[Key, deque[Call]] = {}
         self._tasks: set[asyncio.Task[None]] = set()  # imports and checkpoints; a loop holds its tasks weakly
@@ -111,15 +113,16 @@ class ActorHost:
         if (
             endpoint.is_async
             and not endpoint.takes_lists
-            and len(run.ids) <= self._room - self._active
             and not has_hooks
             and not (ordered and (self._unbegun or self._behind))
         ):
-            self._active += len(run.ids)
-            if not self._burst_since:
-                self._burst_since = started
-            self._steps.put(Burst(self, self._outcomes, endpoint, run, started))
-            return
+            if len(run.ids) <= self._room - self._active:
+                self._burst(run, endpoint, started)
+                return
+            if not ordered:
+                self._waiting.append(run)
+                self._advance()
+                return
         if ordered and self._burst_since:
             self.serve()  # whose calls keep no books of who has begun
             self._steps.due = True
@@ -137,6 +140,16 @@ class ActorHost:
             else:
                 self._place(call)
 
+    def _burst(self, run: Run, endpoint: Endpoint, started: float) -> None:
+        """Calls that may all start."""
+        self._active += len(run.ids)
+        if not self._burst_since:
+            self._burst_since = started
+        if not self._steps.due:
+            self._steps.due = True
+            self._loop.call_soon(self.serve)
+        self._steps.put(Burst(self, self._outcomes, endpoint, run, started))
+
     def serve(self) -> None:
         """Let those that came begin; what of them ends at once is replied to in this turn. After `run`, in its turn."""
         self._steps.serve()
@@ -144,10 +157,12 @@ class ActorHost:
 
     def drop(self, ids: list[int]) -> None:
         """Cancel these: an async one's task; a thread goes on, and its result is dropped (F5)."""
+        unwanted = set(ids)
         for burst in self._steps.bursts() if self._burst_since else ():
-            for gone in burst.drop(set(ids)):
+            for gone in burst.drop(unwanted):
                 gone.dropped = True
                 self._over(gone, DROPPED, b"")
+        self._take_out(lambda request: request in unwanted, DROPPED)
         for request in ids:
             call = self._calls.get(request)
             if call is None or call.dropped or not self._nobody_waits(call, request):
@@ -169,6 +184,35 @@ class ActorHost:
         self._link.reply(request, attempt, DROPPED, b"")
         self._on_reply()
         return False
+
+    def give_back(self) -> None:
+        """What has not started, has no order, and may not start now (RECALL): others may be free for it."""
+        self._take_out(lambda _: True, RETURNED)
+        unstarted = dict.fromkeys(
+            call for call in self._calls.values() if not (call.started or call.keys or call.dropped)
+        )
+        for call in list(unstarted)[max(0, self._room - self._active) :]:
+            call.dropped = True
+            self._forget(call, RETURNED)
+
+    def _take_out(self, chosen: Callable[[int], bool], status: int) -> None:
+        """These leave the runs that wait, with this reply."""
+        runs = [one for one in self._waiting if isinstance(one, Run)]
+        if not any(chosen(request) for run in runs for request in run.ids):
+            return
+        left: deque[Call | Run] = deque()
+        for one in self._waiting:
+            if isinstance(one, Call):
+                left.append(one)
+                continue
+            goes = [chosen(request) for request in one.ids]
+            for request, attempt in compress(zip(one.ids, one.attempts, strict=True), goes):
+                self._link.reply(request, attempt, status, b"")
+            stays = one.only([not it for it in goes])
+            if stays.ids:
+                left.append(stays)
+        self._waiting = left
+        self._on_reply()
 
     async def replay(self, replay: Replay) -> None:
         """Run an endpoint for its effect, at once (A11): a thread of its own for a plain one. Raises what it raises.
@@ -216,6 +260,7 @@ class ActorHost:
         """Give back what has not started, wait for what runs, cancel what still runs after `grace_s` seconds; then, with
         `checkpoints`, tell the states of the sessions that had calls since their last one."""
         self._stopping = True
+        self._take_out(lambda _: True, UNTOUCHED)
         self._waiting.clear()
         self._behind.clear()
         self._unbegun.clear()
@@ -503,9 +548,15 @@ class ActorHost:
         """Room may have come free: the oldest that wait come in."""
         waiting = self._waiting
         while waiting and self._active < self._room:
-            call = waiting.popleft()
-            if not call.dropped:
-                self._place(call)
+            one = waiting.popleft()
+            if isinstance(one, Run):
+                free = self._room - self._active
+                if len(one.ids) > free:
+                    waiting.appendleft(one.only(slice(free, None)))
+                    one = one.only(slice(free))
+                self._burst(one, self._endpoints[one.method], time.monotonic())
+            elif not one.dropped:
+                self._place(one)
 
     def _forget(self, call: Call, status: int, payload: Payload = b"") -> None:
         """The one way a call leaves: with a reply, unless all are abandoned."""

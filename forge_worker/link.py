@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from itertools import repeat
+from itertools import compress, repeat
 from typing import Any, Final, NamedTuple
 
 from forge_contract.errors import ForgeError, ProtocolError
@@ -28,6 +28,7 @@ from forge_contract.messages import (
     IMPORT,
     MASTER,
     READY,
+    RECALL,
     REPLAY,
     REPLIES,
     RESIZED,
@@ -80,11 +81,22 @@ class Run(NamedTuple):
     by_client: list[bool]  # calls of one client start in this order
     batches: list[int] | None = None  # their sizes, in order; None: no batches
 
+    def only(self, chosen: slice | list[bool]) -> Run:
+        """Some of these calls, which are in no batches."""
+        columns: tuple[list[Any], ...] = (self.ids, self.attempts, self.payloads, self.sessions, self.by_client)
+        if isinstance(chosen, slice):
+            return Run(self.method, self.trusted, *(column[chosen] for column in columns))
+        return Run(self.method, self.trusted, *(list(compress(column, chosen)) for column in columns))
+
 
 class Drop(NamedTuple):
     """Nobody waits for these any more. Answer each once it has ended."""
 
     ids: list[int]
+
+
+class Recall(NamedTuple):
+    """Give back what cannot begin yet."""
 
 
 class Stop(NamedTuple):
@@ -131,7 +143,7 @@ class Refused(NamedTuple):
     error: ForgeError
 
 
-Instruction = Assign | Warm | Begin | Run | Drop | Stop | Replay | Import | Forget | Welcomed | Refused
+Instruction = Assign | Warm | Begin | Run | Drop | Recall | Stop | Replay | Import | Forget | Welcomed | Refused
 
 
 class WorkerLink(PeerLink):
@@ -295,6 +307,8 @@ class WorkerLink(PeerLink):
             self._dispatched(message, envelope)
         elif kind == DROP:
             self._instructions.append(Drop([request for request in message[1] if request in self.running]))
+        elif kind == RECALL:
+            self._instructions.append(Recall())
         elif kind == ASSIGN:
             _, fields, size = message
             self._assigned(fields, envelope.payloads.take(size))

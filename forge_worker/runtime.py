@@ -44,6 +44,7 @@ from forge_worker.link import (
     Forget,
     Import,
     Instruction,
+    Recall,
     Refused,
     Replay,
     Run,
@@ -218,6 +219,9 @@ class Worker:
             case Drop():
                 if host is not None:
                     host.drop(instruction.ids)
+            case Recall():
+                if host is not None:
+                    host.give_back()
             case Import():
                 if host is not None:
                     host.take_state(instruction)

@@ -15,6 +15,7 @@ from math import isfinite
 from typing import Any, Final
 
 from forge_broker.core.actions import Action, Look, Send, Sweep, Unwatch, Watch, send
+from forge_broker.core.ahead import Ahead
 from forge_broker.core.answers import Answers
 from forge_broker.core.catalogue import Catalogue
 from forge_broker.core.claims import Asked
@@ -86,10 +87,12 @@ class Broker:
         self.rebuild = Rebuild(
             state, catalogue, self.seating, self.lifecycle, self.sessions, self.dispatch, answers, telling
         )
+        self.ahead = Ahead(state, self.dispatch)
         self.scaling = Scaling(state, self.lifecycle, self.seating, telling)
         self.control = Control(self.state, self.sessions, self.lifecycle, self.drains, self.scaling, telling)
         # Who looks when a time has come. Each is given the entry's key, and looks at what is there now.
         self._due: dict[Kind, Callable[[Any, float], None]] = {
+            Kind.AHEAD: self.ahead.look,
             Kind.BATCH: self.dispatch.batch_due,
             Kind.CALL: self.endings.expire,
             Kind.HANG: self.lifecycle.hung,

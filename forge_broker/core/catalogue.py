@@ -41,6 +41,9 @@ class Catalogue:
             same = [one.router for one in service.endpoints if one.queue is endpoint.queue]
             if all(type(router) is RoundRobinRouter for router in same):
                 endpoint.queue.deal = cast(RoundRobinRouter, same[0]).deal
+        # Of a call that may run once at most, nobody could say whether it had begun; on a mesh calls run one at a time.
+        if service.kind == "service" and config.world == 1 and not any(one.at_most_once for one in service.endpoints):
+            service.ahead_s = config.dispatch_ahead_s
         state.services[service.id] = service
         state.names[name] = service
         state.endpoints.update({endpoint.id: endpoint for endpoint in service.endpoints})

@@ -33,13 +33,16 @@ class Claim:
         self.reserved = False  # its room is taken already
 
     def reserve(self) -> bool:
-        """Take its room, if there is: one unit, or a share in its batch's."""
-        pool, batch = self.replica.pool, self.batch
+        """Take its room, if there is: one unit, or a share in its batch's. Some may have been sent ahead."""
+        replica, batch = self.replica, self.batch
+        pool = replica.pool
         shares = batch is not None and batch.open > 0
-        if pool is None or not (shares or self.replica.has_room):
+        if pool is None or not (shares or replica.active < replica.most):
             return False
         if not shares:
-            pool.took(self.replica)
+            if replica.active >= replica.room:
+                pool.resize(replica, replica.active + 1)
+            pool.took(replica)
         if batch is not None:
             batch.open += 1
         self.reserved = True

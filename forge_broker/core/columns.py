@@ -11,11 +11,11 @@ from typing import Any
 from forge_broker.core.requests import Request
 from forge_contract.errors import ProtocolError
 from forge_contract.framing import Payload, Payloads
-from forge_contract.messages import DROPPED, FAILED, OK, RAISED, UNTOUCHED
+from forge_contract.messages import DROPPED, FAILED, OK, RAISED, RETURNED, UNTOUCHED
 
 BATCHING = ("shape", "key", "weight")  # what a batch is made by, with `batcher.PLAIN` where nothing is said
 _COLUMNS = frozenset({"timeout", "session", "priority", "hints", "rank", "again", *BATCHING})
-_STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED})
+_STATUSES = frozenset({OK, RAISED, FAILED, DROPPED, UNTOUCHED, RETURNED})
 _INT = frozenset({int})  # and no bool
 _NOT_FIELDS = frozenset({"timeout", "again", *BATCHING})
 

@@ -16,6 +16,7 @@ class Kind(enum.Enum):
     LINK = "a link owes an ack or waits for one"
     SILENCE = "a peer has been silent for long"
     CALL = "a call's time is up"
+    AHEAD = "calls wait, or were sent ahead, and nobody has room"
     BATCH = "a batch has waited for its first call's patience"
     NO_REPLICA = "calls wait for a healthy replica"
     START = "a replica takes long to start"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from itertools import groupby
 from math import inf
-from typing import Any
+from typing import Any, Final
 
 from forge_broker.core.answers import Answers
 from forge_broker.core.batcher import Lane, next_of
@@ -24,6 +24,8 @@ from forge_broker.core.state import State
 from forge_broker.core.workers import Worker
 from forge_contract.errors import ForgeError, NoHealthyReplicas, ProtocolError, RouterError, SessionLost
 from forge_contract.messages import IMPORT, show_request
+
+LOOK_S: Final = 0.01  # after so long with calls that wait and nobody with room, `ahead` looks how fast they are
 
 
 class Dispatch:
@@ -60,8 +62,16 @@ class Dispatch:
                 shared -= queue.replica is None
             elif len(ready) > 1:
                 ready.rotate(-1)
+        if ready:
+            self.look_soon(service, now)
         if not pool.members:
             self._await_replica(service, now)
+
+    def look_soon(self, service: Service, now: float) -> None:
+        """Calls wait, or were sent ahead, and nobody has room: `ahead` is to look, unless it will."""
+        if service.ahead_s and not service.looking:
+            service.looking = True
+            self._state.deadlines.add(now + LOOK_S, Kind.AHEAD, service.id)
 
     def _take_turn(self, queue: Queue, service: Service, alone: bool, now: float) -> bool:
         """One turn of a queue that has something, while somebody has room. False: it has nothing to give for now. `alone`: no other queue
@@ -202,7 +212,7 @@ class Dispatch:
         """What waits for this replica, which has room. False: it waits for company."""
         service: Service = owner.service
         if not service.batches:
-            self._dispatch_mixed(queue.take(owner.limit - owner.active if alone else 1), owner, now)
+            self._dispatch_mixed(queue.take(owner.free if alone else 1), owner, now)
             return True
         requests, lane, reason, again = next_of(queue, now)
         if not requests:

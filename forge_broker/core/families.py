@@ -165,7 +165,7 @@ def _of_services(state: State) -> Iterator[Family]:
     yield gauge(
         "forge_in_flight",
         "Room of the replicas that is taken; a batch takes one unit.",
-        ((service, sum(replica.active for replica in service.replicas.values())) for service in services),
+        ((service, sum(replica.active_requests for replica in service.replicas.values())) for service in services),
     )
     yield gauge(
         "forge_room",
@@ -259,7 +259,7 @@ def _runs(worker: Worker) -> str:
 
 def _queues(service: Service) -> dict[str, int]:
     found: Counter[str] = Counter(sessions=service.unpinned.length, suspects=service.suspects.length)
-    found["parked"] = sum(replica.parked.length for replica in service.replicas.values())
+    found["parked"] = sum(replica.queue_depth for replica in service.replicas.values())
     shared = service.kind == "actor"  # whose endpoints share a queue
     for endpoint in service.endpoints[:1] if shared else service.endpoints:
         found["calls" if shared else endpoint.name] += _waiting(endpoint)

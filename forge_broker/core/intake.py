@@ -33,7 +33,7 @@ from forge_contract.errors import (
     UnknownSession,
 )
 from forge_contract.framing import Payload, Payloads, weigh
-from forge_contract.messages import DROPPED, UNTOUCHED, request_id, sequence_of
+from forge_contract.messages import DROPPED, RETURNED, UNTOUCHED, request_id, sequence_of
 
 PRUNE_FROM: Final = 10_000  # deadlines; below it, looking for outdated ones is not worth it
 
@@ -152,8 +152,9 @@ class Intake:
         if len(replica.ranks) > 1:
             request.parts = {rank: part for rank, part in claim.parts.items() if rank in wanted}
         known = all(rank in claim.parts for rank in wanted)
-        if known and any(claim.parts[rank][0] == UNTOUCHED for rank in wanted):
-            if replica.pool is not None:
+        ends = {claim.parts[rank][0] for rank in wanted} if known else set()
+        if UNTOUCHED in ends or RETURNED in ends:
+            if UNTOUCHED in ends and replica.pool is not None:
                 replica.pool.close(replica, LEAVING)  # as `Replies` does: its worker is on its way out
             self._returns.take_back(replica, [request], f"{replica.name} gave it back", now, lost=False)
         elif known:

@@ -107,7 +107,7 @@ def _replicas(broker: Broker) -> list[str]:
             wrong.append(f"{service!r}: room {service.pool.roomy:b}, should be {roomy:b}")
         for replica in service.replicas.values():
             held = _units(state.ledger.held[replica.key].values())
-            if not held == replica.active <= replica.limit:
+            if not held == replica.active <= replica.most:
                 wrong.append(f"{replica!r} holds {held} in the ledger, active is {replica.active}")
             if replica.state is ReplicaState.HEALTHY and not all(
                 rank is not None and rank.state is WorkerState.READY for rank in replica.ranks

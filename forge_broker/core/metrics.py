@@ -19,7 +19,7 @@ def metrics(service: Service, now: float) -> dict[str, Any]:
     """Queue depth counts endpoint queues and parked calls, over healthy replicas."""
     replicas = list(service.replicas.values())
     healthy = len(service.pool.members)
-    queued = sum(queue.length for queue in service.queues) + sum(replica.parked.length for replica in replicas)
+    queued = sum(queue.length for queue in service.queues) + sum(replica.queue_depth for replica in replicas)
     recent = [endpoint.stats.latency.recent(now) for endpoint in service.endpoints]
     rows = [_replica(replica, now) for replica in replicas]
     return {
@@ -69,8 +69,8 @@ def _replica(replica: Replica, now: float) -> dict[str, Any]:
         "failed_requests": stats.failed,
         "request_rate": stats.window.rate(now),
         "avg_latency": stats.window.mean_latency_s(now),
-        "active_requests": replica.active,
-        "queue_depth": replica.parked.length,
+        "active_requests": replica.active_requests,
+        "queue_depth": replica.queue_depth,
         "assigned_sessions": replica.sessions,
         "capacity_utilization": replica.capacity_utilization,
         "restarts": replica.restarts,

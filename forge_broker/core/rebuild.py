@@ -382,6 +382,7 @@ class Rebuild:
         }
         for service in self._state.services.values():
             self._dispatch.pump(service, now)
+            self._dispatch.look_soon(service, now)  # what runs may be more than may run at once
 
     def _window(self) -> Window:
         assert self._state.window is not None

@@ -68,6 +68,24 @@ MOVES: Final[dict[ReplicaState, dict[ReplicaMove, ReplicaState]]] = {
 LEAVING: Final = "leaving"
 ALONE: Final = "alone"
 
+AHEAD_AT_MOST: Final = 512  # calls that wait at a replica, beyond those that it runs
+
+
+class Pace:
+    """How fast a replica ends what it is given, for `ahead`."""
+
+    __slots__ = ("crowded", "ended", "recalled", "seen")
+
+    def __init__(self) -> None:
+        self.ended = 0  # units of room, ever
+        self.seen = 0  # of them, when somebody looked last
+        self.crowded = False  # it had more than it runs at once, then
+        self.recalled = False  # it was told to give them back
+
+    def since_last_look(self) -> int:
+        since, self.seen = self.ended - self.seen, self.ended
+        return since
+
 
 class Replica:
     """One replica over all its epochs. The properties below `name` are the view that routers see (R2)."""
@@ -87,11 +105,13 @@ class Replica:
         "last_error",
         "limit",
         "master",
+        "pace",
         "parked",
         "pending_why",
         "pool",
         "ranks",
         "restarts",
+        "room",
         "seats",
         "service",
         "sessions",
@@ -105,6 +125,8 @@ class Replica:
         self.key = key  # unique in the broker, for the ledger
         self.idx = idx
         self.limit = limit  # calls at once
+        self.room = limit  # calls that it may have: more, while some are sent ahead
+        self.pace = Pace()
         self.epoch = 1
         self.hang_watches: set[int] = set()  # endpoints whose running calls are looked after (`hang_timeout_s`)
         self.state = ReplicaState.UNINITIALIZED
@@ -159,19 +181,30 @@ class Replica:
 
     @property
     def has_room(self) -> bool:
-        return self.active < self.limit and self.state is ReplicaState.HEALTHY and not self.closed
+        return self.active < self.room and self.state is ReplicaState.HEALTHY and not self.closed
 
     @property
     def current_load(self) -> int:
         return self.active + self.parked.length
 
     @property
+    def most(self) -> int:
+        """So many calls it never has more than."""
+        return self.limit + (AHEAD_AT_MOST if self.service.ahead_s else 0)
+
+    @property
+    def free(self) -> int:
+        return self.room - self.active if self.has_room else 0
+
+    # Of what it has, it runs so many; the others wait there for it, as those do that are parked here.
+
+    @property
     def active_requests(self) -> int:
-        return self.active
+        return min(self.active, self.limit)
 
     @property
     def queue_depth(self) -> int:
-        return self.parked.length
+        return self.parked.length + max(0, self.active - self.limit)
 
     @property
     def max_concurrent_requests(self) -> int:
@@ -179,7 +212,7 @@ class Replica:
 
     @property
     def capacity_utilization(self) -> float:
-        return self.active / self.limit
+        return self.active_requests / self.limit
 
 
 class ReplicaPool(Pool):
@@ -193,7 +226,7 @@ class ReplicaPool(Pool):
         self.roomy = 0  # bit idx: that replica has room
         self._views: list[Replica] = []
         self._at: dict[int, Replica] = {}
-        self._by_load = [0] * (limit + 1)  # of those with room
+        self._by_load = [0] * (limit + AHEAD_AT_MOST + 1)  # of those with room
         self._lowest = 0  # no level below it has a bit
 
     def __getitem__(self, position: Any, /) -> Any:
@@ -208,6 +241,8 @@ class ReplicaPool(Pool):
     def admit(self, replica: Replica) -> None:
         self._at[replica.idx] = replica
         replica.pool = self
+        replica.room = replica.limit
+        replica.pace = Pace()
         self._rebuild()
         self.open(replica)
 
@@ -226,7 +261,19 @@ class ReplicaPool(Pool):
 
     def open(self, replica: Replica) -> None:
         replica.closed = ""
-        if replica.active < replica.limit:
+        if replica.active < replica.room:
+            self._set(replica.idx, replica.active)
+
+    def resize(self, replica: Replica, room: int) -> None:
+        """From now on it may have so many calls, at least `limit`; it may have more already."""
+        before, replica.room = replica.room, room
+        if replica.closed:
+            return
+        bit = 1 << replica.idx
+        if replica.active < before:
+            self._by_load[replica.active] ^= bit
+            self.roomy ^= bit
+        if replica.active < room:
             self._set(replica.idx, replica.active)
 
     def _clear(self, replica: Replica) -> None:
@@ -252,7 +299,7 @@ class ReplicaPool(Pool):
             return  # a suspect's, in no set
         bit = 1 << replica.idx
         self._by_load[load] ^= bit
-        if load + count < replica.limit:
+        if load + count < replica.room:
             self._by_load[load + count] |= bit
         else:
             self.roomy ^= bit
@@ -260,12 +307,13 @@ class ReplicaPool(Pool):
     def gave(self, replica: Replica, count: int) -> None:
         """`count` of its calls have ended."""
         before = replica.active
-        replica.active = before - count
+        after = replica.active = before - count
         if replica.closed:
             return
-        if before < replica.limit:
+        if before < replica.room:
             self._by_load[before] ^= 1 << replica.idx
-        self._set(replica.idx, before - count)
+        if after < replica.room:  # else it has more than it would be given now
+            self._set(replica.idx, after)
 
     def by_idx(self, idx: int) -> Replica | None:
         return self._at.get(idx)

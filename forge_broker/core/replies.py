@@ -23,7 +23,7 @@ from forge_broker.core.state import State
 from forge_broker.core.workers import Worker
 from forge_contract.errors import CallCancelled
 from forge_contract.framing import Payload, Payloads
-from forge_contract.messages import DROPPED, FAILED, OK, SEQUENCE_MASK, UNTOUCHED, show_request, spread
+from forge_contract.messages import DROPPED, FAILED, OK, RETURNED, SEQUENCE_MASK, UNTOUCHED, show_request, spread
 
 METRICS_EVERY_S = 1.0
 METRICS_REPLICAS = 100  # with more of them, snapshots are rarer
@@ -32,7 +32,18 @@ METRICS_REPLICAS = 100  # with more of them, snapshots are rarer
 class Ends:
     """What the replies of one envelope come to."""
 
-    __slots__ = ("client", "count", "latency_s", "replica", "room", "run", "succeeded", "untouched", "worker")
+    __slots__ = (
+        "client",
+        "count",
+        "latency_s",
+        "leaving",
+        "replica",
+        "room",
+        "run",
+        "succeeded",
+        "untouched",
+        "worker",
+    )
 
     def __init__(self, replica: Replica, worker: Worker) -> None:
         self.replica = replica
@@ -44,6 +55,7 @@ class Ends:
         self.succeeded = 0
         self.latency_s = 0.0  # all together
         self.untouched: list[Request] = []  # given back
+        self.leaving = False  # because the worker leaves
 
 
 class Replies:
@@ -169,8 +181,9 @@ class Replies:
                 continue
             if status == OK:
                 ends.succeeded += 1
-            if status == UNTOUCHED:
+            if status in (UNTOUCHED, RETURNED):
                 ends.untouched.append(request)
+                ends.leaving = ends.leaving or status == UNTOUCHED
             elif request.parts is None and request.gather is None and status != DROPPED:
                 if request.client is not ends.client:
                     self._next_client(ends, request.client)
@@ -236,8 +249,9 @@ class Replies:
             replica.active -= ends.room
         elif ends.room:
             replica.pool.gave(replica, ends.room)
+        replica.pace.ended += ends.room
         if untouched:
-            if replica.pool is not None:
+            if ends.leaving and replica.pool is not None:
                 if service.cell is replica:
                     service.cell = None
                 replica.pool.close(replica, LEAVING)  # its worker is leaving: what it got now would come back at once

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 from typing import Any, NamedTuple
 
 from forge_broker.core.actions import Preload
@@ -122,6 +123,7 @@ class Replay(NamedTuple):
 
 class Service:
     __slots__ = (
+        "ahead_s",
         "batches",
         "cell",
         "class_name",
@@ -133,6 +135,8 @@ class Service:
         "init",
         "init_trusted",
         "kind",
+        "looked_at",
+        "looking",
         "metrics_at",
         "name",
         "open_replays",
@@ -185,6 +189,9 @@ class Service:
         self.sizing = Sizing(None, now)
         self.endpoints: list[Endpoint] = []
         self.batches = False  # some of them do
+        self.ahead_s = 0.0  # so long calls may wait at a replica that others run on, 0.0: not at all
+        self.looking = False  # `ahead` will look
+        self.looked_at = -inf
         self.sessions: dict[str, Session] = {}
         self.pins: dict[str, int] = {}  # session id → replica idx; what routers see as `session_map`
         self.unpinned = Queue(f"{name} sessions")  # calls of sessions that have no replica yet, in order

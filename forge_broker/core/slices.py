@@ -143,7 +143,7 @@ class Slices:
                 shares[idx] = [at]
         for idx, places in shares.items():
             replica = service.replicas[idx]
-            if not replica.has_room or replica.parked.length or len(places) > replica.limit - replica.active:
+            if replica.parked.length or len(places) > replica.free:
                 return 0
         for sid in sids:
             known[sid].used_at = now

@@ -24,6 +24,7 @@ from forge_contract.messages import (
     OK,
     REPLIES,
     RESULTS,
+    RETURNED,
     UNTOUCHED,
     Message,
 )
@@ -177,7 +178,14 @@ class ModelWorker:
     def stops(self) -> list[Message]:
         """STOP: nothing new begins; what has not begun is given back."""
         self.leaving = True
-        back = [self._reply(run.ids, run.attempt, UNTOUCHED) for run in self._waiting]
+        return self._give_back(UNTOUCHED)
+
+    def recalls(self) -> list[Message]:
+        """RECALL: what has not begun is given back, for others to run."""
+        return self._give_back(RETURNED)
+
+    def _give_back(self, status: int) -> list[Message]:
+        back = [self._reply(run.ids, run.attempt, status) for run in self._waiting]
         self._waiting.clear()
         return back
 

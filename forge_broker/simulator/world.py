@@ -43,6 +43,7 @@ from forge_contract.messages import (
     HELLO,
     OK,
     READY,
+    RECALL,
     RESULTS,
     SEQUENCE_MASK,
     STOP,
@@ -231,7 +232,7 @@ class World:
                 processes=len(self._launched),
                 queued=queued,
                 queued_most=max(queued, self._queued_most),
-                in_flight=sum(replica.active for replica in replicas),
+                in_flight=sum(replica.active_requests for replica in replicas),
                 p50_s=quantile(fresh, 0.5) if fresh else None,
                 p99_s=quantile(fresh, 0.99) if fresh else None,
             )
@@ -340,6 +341,8 @@ class World:
                 self._say(worker.name, worker, [READY, 0])
             elif kind == DROP:
                 self._said(worker, link, *worker.drops(message))
+            elif kind == RECALL:
+                self._said(worker, link, worker.recalls(), [])
             elif kind == STOP:
                 self._said(worker, link, worker.stops(), [])
 

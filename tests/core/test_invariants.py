@@ -31,6 +31,7 @@ def miscount_bytes(state: Any, service: Any) -> None:
 
 
 def overfill(state: Any, service: Any) -> None:
+    service.ahead_s = 0.0
     service.replicas[0].limit = 0
 
 

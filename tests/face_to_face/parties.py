@@ -14,9 +14,9 @@ from forge_client.outgoing import Extras
 from forge_contract.config import EndpointOptions, ServiceConfig
 from forge_contract.errors import ForgeError, OutcomeUnknown
 from forge_contract.framing import Payload, encode
-from forge_contract.messages import FAILED, HEARTBEAT, OK, UNTOUCHED
+from forge_contract.messages import FAILED, HEARTBEAT, OK, RETURNED, UNTOUCHED
 from forge_contract.peer_link import LinkState, PeerLink
-from forge_worker.link import Assign, Drop, Forget, Import, Replay, Run, Stop, Welcomed, WorkerLink
+from forge_worker.link import Assign, Drop, Forget, Import, Recall, Replay, Run, Stop, Welcomed, WorkerLink
 from tests.face_to_face.network import Connection
 
 if TYPE_CHECKING:
@@ -348,6 +348,8 @@ class SimWorker(Peer):
         self.begun: tuple[str, int] | None = None
         self.counts: dict[str, int] = {}  # the state of each session: how many calls of it have ended
         self._queues: dict[str, deque[partial[None]]] = {}  # calls of a session with state run one by one
+        self.running = 0
+        self._waiting: deque[partial[None]] = deque()  # those that may not run beside them
         self._played = 0
         self._ready = False
         self.beat()
@@ -362,6 +364,9 @@ class SimWorker(Peer):
                 self._run(instruction)
             elif isinstance(instruction, Drop):
                 pass  # a thread: it runs to its end, and the broker does not wait for what comes of it
+            elif isinstance(instruction, Recall):
+                self._give_back(RETURNED)
+                self.flush()
             elif isinstance(instruction, Replay):
                 self.world.replays.append((self.link.name, bytes(instruction.payload)))
                 self._played += 1
@@ -405,6 +410,10 @@ class SimWorker(Peer):
                 start()
 
     def _start(self, request: int, attempt: int, method: int, payload: bytes, session: str | None) -> None:
+        if self.running >= self.assignment.concurrency:
+            self._waiting.append(partial(self._start, request, attempt, method, payload, session))
+            return
+        self.running += 1
         self.started.append((request, attempt, payload, session))
         self.world.history.append((self.link.name, request, attempt))
         seconds, status, result = self.world.actor(self, method, payload)
@@ -413,6 +422,9 @@ class SimWorker(Peer):
     def _finish(
         self, request: int, attempt: int, arguments: bytes, status: int, payload: bytes, session: str | None
     ) -> None:
+        self.running -= 1
+        if self._waiting:
+            self._waiting.popleft()()
         if session is not None:
             self.world.ended[session, arguments] += 1
         queue = self._queues.get(session) if session is not None else None
@@ -431,11 +443,9 @@ class SimWorker(Peer):
     def _stop(self, stop: Stop) -> None:
         """What runs ends within the grace, what has not begun is given back."""
         for queue in self._queues.values():
-            for start in queue:
-                request, attempt = start.args[:2]
-                if self.link.running.get(request) == attempt:
-                    self.link.reply(request, attempt, UNTOUCHED, b"")
+            self._waiting += queue
             queue.clear()
+        self._give_back(UNTOUCHED)
         self.flush()
         until = self.world.clock.now + stop.grace_s
 
@@ -446,6 +456,16 @@ class SimWorker(Peer):
                 self._leave(stop.reason)
 
         look()
+
+    def _give_back(self, status: int) -> None:
+        """What waits; those of sessions have an order, and stay with a worker that stays."""
+        waiting, self._waiting = self._waiting, deque()
+        for start in waiting:
+            request, attempt, _, _, session = start.args
+            if status == RETURNED and session is not None:
+                self._waiting.append(start)
+            elif self.link.running.get(request) == attempt:
+                self.link.reply(request, attempt, status, b"")
 
     def _later(self, seconds: float, do: Callable[[], None]) -> None:
         def then() -> None:

@@ -87,6 +87,7 @@ class Storm:
         self.service = self.near.deploy(
             num_replicas=REPLICAS,
             replica_max_concurrent_requests=room,
+            dispatch_ahead_s=self.random.choice([0.0, 0.002, 0.02, 0.5]),
             endpoints=ENDPOINTS,
             exports=self.exports,
             restart_backoff_at_most_s=5.0,

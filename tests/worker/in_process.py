@@ -15,6 +15,7 @@ from forge_contract.messages import (
     BROKER_NAME,
     DISPATCH,
     DROP,
+    RECALL,
     REPLIES,
     WELCOME,
     request_id,
@@ -23,7 +24,7 @@ from forge_contract.messages import (
 )
 from forge_contract.payload import encode_call
 from forge_worker.actor_host import ActorHost
-from forge_worker.link import Drop, Run, WorkerLink
+from forge_worker.link import Drop, Recall, Run, WorkerLink
 from tests.worker.fake_broker import assignment_fields, read_reply
 
 BOUND_S = 10.0
@@ -79,6 +80,9 @@ class InProcess:
     def drop(self, *sequences: int) -> None:
         self.say([DROP, [request_id(1, sequence) for sequence in sequences]])
 
+    def recall(self) -> None:
+        self.say([RECALL])
+
     async def turn(
         self, *, halfway: Callable[[], object] | None = None, then: Callable[[], object] | None = None
     ) -> None:
@@ -106,6 +110,8 @@ class InProcess:
                 self.host.run(instruction)
             elif isinstance(instruction, Drop):
                 self.host.drop(instruction.ids)
+            elif isinstance(instruction, Recall):
+                self.host.give_back()
         if halfway is not None:
             halfway()
         self.host.serve()
