@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 from zmq import zmq_poll
+from zmq.backend import Socket as BareSocket
 
 from forge_broker.core.actions import (
     Action,
@@ -73,6 +74,7 @@ _NOBLOCK = int(zmq.NOBLOCK)
 _SNDMORE = int(zmq.SNDMORE)
 _POLLIN = int(zmq.POLLIN)
 _FD = int(zmq.FD)
+_send = BareSocket.send  # what pyzmq's own ends in, when it has looked for options of sockets that we have not
 
 DRAIN_AT_MOST: Final = 512  # envelopes of one socket per turn, so that none starves deadlines and the other sockets
 UNCOPIED_FROM: Final = 65_536  # bytes; below, copying into libzmq is cheaper than its bookkeeping for ours
@@ -329,7 +331,7 @@ class Server:
     def _send(self, route: Route, frames: list[Any]) -> None:
         router = self._bound[route[0]].socket
         try:
-            router.send(route[1], _SNDMORE | _NOBLOCK)
+            _send(router, route[1], _SNDMORE | _NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
@@ -339,7 +341,7 @@ class Server:
         last = len(frames) - 1
         for at, frame in enumerate(frames):
             flags = _NOBLOCK if at == last else _SNDMORE | _NOBLOCK
-            router.send(frame, flags, copy=len(frame) < UNCOPIED_FROM)
+            _send(router, frame, flags, len(frame) < UNCOPIED_FROM)
 
     def _stop(self) -> None:
         if self._http is not None:
