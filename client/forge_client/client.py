@@ -16,9 +16,11 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
+import mmap
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, Final
 
@@ -44,6 +46,7 @@ from forge_contract.errors import (
     from_wire,
 )
 from forge_contract.framing import Frame, Payload, encode
+from forge_contract.huge_pages import NEVER_KEPT_FROM
 from forge_contract.messages import HEARTBEAT, OK
 from forge_contract.payload import decode_exception, decode_small, payload_size
 from forge_contract.peer_link import LinkState
@@ -156,7 +159,7 @@ class Client:
             return payload
         if share and self._pool is not None:
             payload = self._pool.share(payload)
-        return [part if isinstance(part, bytes) else bytes(part) for part in payload]
+        return [part if isinstance(part, bytes) else _copied(part) for part in payload]
 
     def guard(self, seq: int, deadline: float, timeout_s: float) -> None:
         """End this call by our own clock if the broker has not."""
@@ -500,6 +503,18 @@ def _seen(done: asyncio.Future[Any]) -> None:
         and not isinstance(done.exception(), UnknownService)
     ):
         _log.warning("stopping a service nobody waits for: %s", done.exception())
+
+
+def _copied(part: Frame) -> Frame:
+    """On huge pages when it is so large that its memory is made for it alone."""
+    if len(part) < NEVER_KEPT_FROM:
+        return bytes(part)
+    memory = mmap.mmap(-1, len(part), flags=mmap.MAP_PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    memory[:] = part
+    return memoryview(memory).toreadonly()
 
 
 def _resident_bytes() -> int:

@@ -25,6 +25,7 @@ from forge_client.gpus import find_gpus
 from forge_contract.addresses import check_address
 from forge_contract.errors import ConfigError, ForgeError, StartFailed, from_wire
 from forge_contract.exit_status import how_it_ended
+from forge_contract.huge_pages import with_huge_pages
 
 _log = logging.getLogger("forge_client")
 
@@ -49,7 +50,7 @@ class EmbeddedBroker:
         self.users: set[Watch] = set()  # of all loops of this process
         self._directory = directory
         self._config = config
-        self._environ = dict(os.environ)  # the broker reads its settings there: the same at every start
+        self._environ = with_huge_pages(os.environ)  # the broker reads its settings there: the same at every start
         self.revived: list[float] = []  # when, of late
         self._launch()
 

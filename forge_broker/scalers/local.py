@@ -21,6 +21,7 @@ from forge_broker.core.actions import Label, Launch
 from forge_broker.core.events import LaunchEnded
 from forge_broker.scalers.forks import Forks, Told
 from forge_contract.exit_status import how_it_ended
+from forge_contract.huge_pages import with_huge_pages
 
 LAST_LINES: Final = 20
 
@@ -30,7 +31,7 @@ class LocalScaler:
 
     def __init__(self, address: str, environ: Mapping[str, str], log_dir: Path | None) -> None:
         self._address = address
-        self._environ = dict(environ)
+        self._environ = with_huge_pages(environ)
         self._log_dir = log_dir
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._outputs: dict[int, Path] = {}

@@ -10,15 +10,20 @@ import contextlib
 import errno
 import fcntl
 import os
+import socket as sockets
 import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from forge_contract.addresses import ipc_path, is_loopback
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import AddressInUse, ConfigError
+
+# As at the other end, in `forge_client.dealer`, for the same reasons.
+SEND_BUFFER_BYTES: Final = 512 << 10
 
 
 class Bound(NamedTuple):
@@ -27,6 +32,7 @@ class Bound(NamedTuple):
     trusted: bool
     lock: int | None  # the lock file's descriptor, held as long as the socket
     orphaned: bool = False  # the last one that held it ended without a word: killed, or the machine was
+    accepted: zmq.Socket[bytes] | None = None  # over ipc: tells of each connection, with its descriptor
 
 
 def bind_all(context: zmq.Context[zmq.Socket[bytes]], config: BrokerConfig) -> list[Bound]:
@@ -45,7 +51,7 @@ def bind_all(context: zmq.Context[zmq.Socket[bytes]], config: BrokerConfig) -> l
 def release(bound: Bound, *, linger_ms: int = 0, directory_too: bool = False) -> None:
     """`linger_ms`: for what is still in the pipes. `directory_too`: an embedded broker's directory was made for it alone and
     goes with it; elsewhere the lock file stays, since removing it would let two brokers hold two files of one name."""
-    bound.socket.close(linger=linger_ms)
+    _close(bound.socket, bound.accepted, linger_ms)
     path = ipc_path(bound.address)
     if path is not None:
         Path(path).unlink(missing_ok=True)
@@ -83,10 +89,12 @@ def _bind(context: zmq.Context[zmq.Socket[bytes]], address: str, config: BrokerC
         (zmq.IPV6, int("[" in address)),
     ):
         socket.setsockopt(option, value)
+    # Before anybody can connect.
+    accepted: zmq.Socket[bytes] | None = None if path is None else socket.get_monitor_socket(zmq.EVENT_ACCEPTED)
     try:
         socket.bind(address)
     except zmq.ZMQError as error:
-        socket.close(linger=0)
+        _close(socket, accepted)
         if lock is not None:
             os.close(lock)
         if error.errno == errno.EADDRINUSE:
@@ -94,7 +102,30 @@ def _bind(context: zmq.Context[zmq.Socket[bytes]], address: str, config: BrokerC
         raise ConfigError(where="bind", message=f"{address}: {error.strerror}") from error
     last = socket.getsockopt(zmq.LAST_ENDPOINT)
     assert isinstance(last, bytes)
-    return Bound(socket, last.rstrip(b"\0").decode(), trusted, lock, orphaned)
+    return Bound(socket, last.rstrip(b"\0").decode(), trusted, lock, orphaned, accepted)
+
+
+def _close(socket: zmq.Socket[bytes], accepted: zmq.Socket[bytes] | None, linger_ms: int = 0) -> None:
+    if accepted is not None:
+        socket.disable_monitor()
+        accepted.close(linger=0)
+    socket.close(linger=linger_ms)
+
+
+def widen_accepted(accepted: zmq.Socket[bytes]) -> None:
+    """Give each connection that it tells of its SEND_BUFFER_BYTES, until it tells no more: its descriptor, as all of libzmq's, says only
+    that something has happened."""
+    while True:
+        try:
+            descriptor = recv_monitor_message(accepted, zmq.NOBLOCK)["value"]
+        except zmq.Again:
+            return
+        with contextlib.suppress(OSError):  # closed by now
+            stream = sockets.socket(fileno=descriptor)
+            try:
+                stream.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, SEND_BUFFER_BYTES // 2)  # Linux doubles it
+            finally:
+                stream.detach()
 
 
 def make_private(directory: Path) -> bool:

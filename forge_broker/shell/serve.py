@@ -58,7 +58,7 @@ from forge_broker.core.events import (
 )
 from forge_broker.core.state import State
 from forge_broker.scalers.local import LocalScaler
-from forge_broker.shell.addresses import Bound, bind_all, make_private, release
+from forge_broker.shell.addresses import Bound, bind_all, make_private, release, widen_accepted
 from forge_broker.shell.log import Log
 from forge_broker.shell.processes import Watches, host_id, is_stopped
 from forge_broker.shell.segments import Segments
@@ -102,6 +102,7 @@ class Server:
         self._signals = 0
         self._done = False
         self._bound: list[Bound] = []
+        self._accepted: dict[int, zmq.Socket[bytes]] = {}  # by descriptor: what tells of connections over ipc
         self._scaler: LocalScaler | None = None
         self._segments: Segments | None = None
         self._broker: Broker | None = None
@@ -189,6 +190,10 @@ class Server:
         routers = [(at, one.socket) for at, one in enumerate(self._bound)]
         for at, router in routers:
             poller.register(int(router.get(_FD)), selectors.EVENT_READ, (at, router))
+        self._accepted = {int(one.accepted.get(_FD)): one.accepted for one in self._bound if one.accepted is not None}
+        for descriptor, monitor in self._accepted.items():
+            poller.register(descriptor, selectors.EVENT_READ)
+            widen_accepted(monitor)  # whoever came before we looked
         seen_signals = 0
         unread = routers
         while not self._done:
@@ -224,7 +229,7 @@ class Server:
             unread = [one for one in routers if zmq_poll([(one[1], _POLLIN)], 0)]
 
     def _other(self, descriptor: int, wake: sockets.socket, now: float) -> None:
-        """A descriptor that is no ROUTER: a signal, the owner's end, a process that ended."""
+        """A descriptor that is no ROUTER: a signal, the owner's end, a process that ended, a new connection."""
         assert self._scaler is not None
         if descriptor == wake.fileno():
             wake.recv(4096)
@@ -239,6 +244,8 @@ class Server:
             if not os.read(descriptor, 4096):
                 self._poller.unregister(descriptor)
                 self._event(Terminate("its owner is gone"), now)
+        elif descriptor in self._accepted:
+            widen_accepted(self._accepted[descriptor])
         elif descriptor in self._watches:
             self._poller.unregister(descriptor)
             self._event(ProcessGone(self._watches.ended(descriptor)), now)

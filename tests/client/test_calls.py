@@ -30,6 +30,7 @@ from forge_client import (
 )
 from forge_client.connection import current_client
 from forge_contract.errors import Overloaded, ProtocolError, ReplicaLost, UnknownService
+from forge_contract.huge_pages import NEVER_KEPT_FROM
 from forge_contract.messages import FAILED, OK, RAISED
 from forge_contract.payload import decode, encode, encode_exception
 from tests.client.fake_broker import Raised, Served, error_payload, serve
@@ -71,11 +72,11 @@ async def test_arguments_are_taken_as_they_are_at_the_call(broker: Served) -> No
     numpy = pytest.importorskip("numpy")
     broker.broker.methods["predict"] = lambda item, x: x.sum() if hasattr(x, "sum") else sum(x)
     service = await Gen.as_service()
-    small, large = [1, 2], numpy.ones(100_000)
-    calls = service.predict.route(small), service.predict.route(large)
+    small, large, largest = [1, 2], numpy.ones(100_000), numpy.ones(NEVER_KEPT_FROM, "u1")
+    calls = [service.predict.route(one) for one in (small, large, largest)]
     small.append(100)
-    large[:] = 7
-    assert [await call for call in calls] == [3, 100_000]
+    large[:] = largest[:] = 7
+    assert [await call for call in calls] == [3, 100_000, NEVER_KEPT_FROM]
 
 
 async def test_wrong_arguments_never_travel(broker: Served) -> None:

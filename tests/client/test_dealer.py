@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import zmq
 
-from forge_client.dealer import ENVELOPES_A_TURN, LARGE_BYTES, Dealer
+from forge_client.dealer import ENVELOPES_A_TURN, LARGE_BYTES, SEND_BUFFER_BYTES, Dealer, widen
 
 BOUND_S = 10.0
 
@@ -179,3 +181,57 @@ async def test_a_lingering_close_still_delivers(address: str) -> None:
 async def test_an_address_that_is_none_is_refused_at_once() -> None:
     with pytest.raises(zmq.ZMQError):
         Peer("carrier-pigeon://roof")
+
+
+def allowed(size: int) -> int:
+    """Bytes of a send buffer: what one gets who asks for so many."""
+    return min(size, 2 * int(Path("/proc/sys/net/core/wmem_max").read_text()))
+
+
+def send_buffer_of_the_connection_to(path: str) -> int:
+    """Bytes, of this process's end of it."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            stream = socket.socket(fileno=descriptor)
+        except OSError:
+            continue  # no socket
+        try:
+            if stream.getpeername() == path:
+                return stream.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        except OSError:
+            continue  # not connected
+        finally:
+            stream.detach()
+    raise AssertionError(f"no connection to {path}")
+
+
+async def test_a_connection_over_ipc_has_room_for_large_frames(router: zmq.Socket[bytes], address: str) -> None:
+    peer = Peer(address)
+    peer.dealer.send([b"header"])
+    identity, *frames = await asyncio.to_thread(router.recv_multipart)
+    router.send_multipart([identity, *frames])
+    await peer.until(lambda: bool(peer.received))
+    assert send_buffer_of_the_connection_to(address.removeprefix("ipc://")) == allowed(SEND_BUFFER_BYTES)
+    peer.dealer.close()
+
+
+def send_buffer(stream: socket.socket) -> int:
+    return stream.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+
+
+def test_tcp_is_left_to_the_kernel() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as stream:
+        before = send_buffer(stream)
+        widen(stream.fileno())
+        assert send_buffer(stream) == before
+
+
+def test_a_descriptor_that_was_closed_or_is_something_else_by_now_is_left_alone() -> None:
+    reading, writing = os.pipe()
+    widen(writing)
+    os.write(writing, b"still open")
+    assert os.read(reading, 16) == b"still open"
+    os.close(writing)
+    widen(writing)
+    assert os.read(reading, 16) == b""  # nobody holds the other end: it was not copied and kept
+    os.close(reading)

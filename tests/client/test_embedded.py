@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +104,8 @@ def test_three_starts_a_minute_are_allowed() -> None:
     assert not may_revive(starts, REVIVALS_WITHIN_S - 0.1)
     assert may_revive(starts, REVIVALS_WITHIN_S)
     assert starts == [10.0, 20.0]
+
+
+def test_it_gets_huge_pages_for_large_frames(broker: EmbeddedBroker) -> None:
+    environ = Path(f"/proc/{broker.process.pid}/environ").read_bytes().split(b"\0")
+    assert b"GLIBC_TUNABLES=" + os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1").encode() in environ

@@ -56,6 +56,19 @@ def test_output_goes_to_a_file_and_its_last_lines_tell_why_a_process_died(
     assert len(scaler) == 0
 
 
+@pytest.mark.parametrize(
+    ("set_before", "has"), [({}, "glibc.malloc.hugetlb=1"), ({"GLIBC_TUNABLES": "of=mine"}, "of=mine")]
+)
+def test_a_worker_gets_huge_pages_for_large_frames_unless_its_starter_tunes_glibc(
+    set_before: dict[str, str], has: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: threading.Event
+) -> None:
+    monkeypatch.setattr(sys, "executable", interpreter(tmp_path, 'echo "$GLIBC_TUNABLES"'))
+    environ = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    scaler = LocalScaler("ipc:///nowhere", environ | set_before, tmp_path)
+    scaler.launch(Launch(7, (), "Gen/0.0"))
+    assert wait_for_end(scaler, children).last_lines == [has]
+
+
 def test_embedded_output_is_shown_with_the_label_of_its_worker(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from forge_broker.shell.addresses import SEND_BUFFER_BYTES
 from forge_broker.shell.processes import host_id, pid_namespace, start_time
 from forge_contract.errors import from_wire
 from forge_contract.messages import ANSWER, BYE, CALLS, CONTROL, HELLO, REFUSE, WHO
@@ -57,6 +59,38 @@ def test_a_broker_may_take_the_address_of_one_that_was_killed(tmp_path: Path) ->
         first.wait()
     with BrokerProcess(**settings) as second, RawPeer(second.address) as peer:
         assert peer.greet()["trusted"] is True
+
+
+def test_connections_over_ipc_have_room_for_large_frames(tmp_path: Path) -> None:
+    """However they came: the first is made before the broker looks, the second while it sleeps."""
+    with BrokerProcess(bind=[private_address(tmp_path)], log_dir=str(tmp_path / "logs")) as broker:
+        path = broker.address.removeprefix("ipc://")
+        with RawPeer(broker.address) as first, RawPeer(broker.address, "c-00000000000000bb") as second:
+            first.greet()
+            second.greet()
+            second.greet()  # another turn of the broker's loop: it has heard of the connection in this one or before
+            most = 2 * int(Path("/proc/sys/net/core/wmem_max").read_text())
+            assert send_buffers(broker.process.pid, path) == [min(SEND_BUFFER_BYTES, most)] * 2
+
+
+def send_buffers(pid: int, path: str) -> list[int]:
+    """Bytes, of another process's ends of the connections to its socket at `path`."""
+    kernel = ctypes.CDLL(None, use_errno=True)
+    process = os.pidfd_open(pid)
+    found = []
+    for descriptor in map(int, os.listdir(f"/proc/{pid}/fd")):
+        ours = kernel.syscall(438, process, descriptor, 0)  # pidfd_getfd, which Python has no name for
+        assert ours >= 0, os.strerror(ctypes.get_errno())
+        try:
+            stream = socket.socket(fileno=ours)
+        except OSError:  # no socket
+            os.close(ours)
+            continue
+        with stream:
+            if stream.getsockname() == path and not stream.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.append(stream.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
+    os.close(process)
+    return found
 
 
 def test_a_tcp_port_in_use_is_named(tmp_path: Path) -> None:
