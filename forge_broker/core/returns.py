@@ -162,3 +162,7 @@ class Returns:
             session.ran = False
             if service.config.on_session_loss == "raise":
                 session.lost = f"{replica.name} was lost: {why}"
+                if session.suspects:  # for their cell nobody asks again whose they are
+                    for request in [request for request in service.suspects if request.session == sid]:
+                        service.unqueue(request)
+                        self._answers.fail(request, SessionLost(session=sid, service=service.name, why=session.lost))
