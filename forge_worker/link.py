@@ -360,7 +360,10 @@ class WorkerLink(PeerLink):
         if batches is not None and (set(map(type, batches)) != {int} or min(batches) < 1 or sum(batches) != count):
             raise ProtocolError(f"batches of {batches!r:.80} in a dispatch of {count}")
         if session is not None:
-            self.sessions.update(dict.fromkeys(filter(None, sessions), self._clock))
+            served, now = self.sessions, self._clock
+            for one in sessions:
+                if one:
+                    served[one] = now
         if batches is not None:
             self._keep_batches(ids, batches)
         self.running.update(zip(ids, attempts, strict=True))  # last: what cannot be read does not run
