@@ -70,10 +70,17 @@ class Payloads:
             raise ProtocolError(f"a payload of {-size} frames, but {len(self._large) - first} are left")
         return list(self._large[first:end])
 
-    def take_all(self, sizes: Iterable[int]) -> list[Payload]:
+    def take_all(self, sizes: Sequence[int]) -> list[Payload]:
         """The payloads of a column, all small ones in one pass: this is the hot path."""
         packed = self._packed
         at = self._at
+        count = len(sizes)
+        if count > 1 and type(sizes) is list and (size := sizes[0]) > 0 and sizes.count(size) == count:
+            # As results and arguments of a fixed shape are: a third of the loop's time.
+            self._at = end = at + size * count
+            if end > len(packed):
+                raise ProtocolError(f"payloads of {end} bytes in {len(packed)}")
+            return [*struct.unpack_from(f"{size:d}s" * count, packed, at)]
         found: list[Payload] = []
         for size in sizes:
             if size >= 0:
@@ -115,7 +122,7 @@ class Taken(Payloads):
     def take(self, size: int) -> Payload:
         return self._taken.pop(0)
 
-    def take_all(self, sizes: Iterable[int]) -> list[Payload]:
+    def take_all(self, sizes: Sequence[int]) -> list[Payload]:
         return [self.take(size) for size in sizes]
 
     def take_packed(self, sizes: Sequence[int]) -> bytes:

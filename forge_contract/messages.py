@@ -107,7 +107,9 @@ def read_request(text: str) -> int | None:
 def column(values: list[Any]) -> Any:
     """A column in its shortest form: one value when all are equal, the list otherwise (PROTOCOL.md §2)."""
     first = values[0]
-    return first if values.count(first) == len(values) and not isinstance(first, list) else values
+    # Where some differ, first and last nearly always do.
+    alike = first == values[-1] and values.count(first) == len(values)
+    return first if alike and not isinstance(first, list) else values
 
 
 def spread(values: Any, count: int) -> list[Any]:

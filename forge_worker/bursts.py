@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from contextvars import copy_context
 from typing import Any, Protocol
 
-from forge_client.context import request_var, session_var
+from forge_client.context import SessionsOfCalls, request_var, session_var
 from forge_contract.errors import ForgeError
 from forge_contract.framing import Payload
 from forge_worker.arguments import read_call
@@ -67,7 +67,7 @@ class Burst:
         # Backwards, to be popped: what a call is given must not live for as long as another of them waits.
         self._todo = run.ids[::-1]
         self._documents = run.payloads[::-1]
-        self._sessions = run.sessions[::-1] if any(run.sessions) else None
+        self._sessions = SessionsOfCalls(run.ids, run.sessions) if any(run.sessions) else None
         self._left: set[int] = set()
 
     def __repr__(self) -> str:
@@ -92,9 +92,7 @@ class Burst:
         for at in reversed(range(len(self.ids))):
             if (request := self.ids[at]) in requests:
                 gone.append(self._owner.apart(self, request, self.attempts[at]))
-                for column in (self._todo, self._documents, self._sessions):
-                    if column is not None:
-                        del column[-1 - at]
+                del self._todo[-1 - at], self._documents[-1 - at]
                 self.ids, self.attempts = [*self.ids], [*self.attempts]  # they were the Run's
                 del self.ids[at], self.attempts[at]
         return gone
@@ -109,14 +107,12 @@ class Burst:
         waited in it, or has left traces on it; then there may be more to take, in another."""
         endpoint, outcomes, owner, task = self.endpoint, self._outcomes, self._owner, vessel.task
         method, trusted, plain, done = endpoint.method, self.trusted, outcomes.plain, self.payloads.append
-        todo, documents, sessions = self._todo, self._documents, self._sessions
-        session_var.set(None)
+        todo, documents = self._todo, self._documents
+        session_var.set(self._sessions)
         alone = sys.getrefcount(task)
         while todo:
             request, document = todo.pop(), documents.pop()
             request_var.set(request)
-            if sessions is not None:
-                session_var.set(sessions.pop())
             try:
                 args, kwargs = read_call(document, trusted)
             except ForgeError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from itertools import compress, repeat
+from types import NoneType
 from typing import Any, Final, NamedTuple
 
 from forge_contract.errors import ForgeError, ProtocolError
@@ -45,7 +46,9 @@ from forge_contract.peer_link import LinkState, PeerLink
 from forge_contract.segments import Terms
 from forge_worker.assignment import Assignment, Source
 from forge_worker.kept import Columns, KeptReplies
+from forge_worker.served import Served
 
+_SESSION: Final = frozenset({str, NoneType})
 PRUNE_FROM: Final = 1024  # batches; below it, looking for those that are over is not worth it
 
 
@@ -162,9 +165,7 @@ class WorkerLink(PeerLink):
         super().__init__(name, now)
         self.assignment: Assignment | None = None
         self.running: dict[int, int] = {}  # request id -> attempt, until replied
-        # That we have served, and were not told to forget, with the time of their last call or import: of two workers that
-        # hold a session, one is a zombie that was taken for dead, and the later one is right.
-        self.sessions: dict[str, float] = {}
+        self.served = Served()
         self._clock = now  # when we were told the time last
         self.kept = KeptReplies()
         self.refused_messages = 0  # of a form we do not know, or for an epoch that is not ours
@@ -329,12 +330,11 @@ class WorkerLink(PeerLink):
         elif kind == IMPORT:
             _, session, trusted, size = message
             payload = envelope.payloads.take(size)
-            self.sessions[str(session)] = self._clock
+            self.served.used([str(session)], self._clock)
             self._instructions.append(Import(str(session), trusted is True, payload))
         elif kind == FORGET:
             ended = [str(session) for session in message[1]]
-            for one in ended:
-                self.sessions.pop(one, None)
+            self.served.forget(ended)
             self._instructions.append(Forget(ended))
         elif kind == RESIZED:
             _, wanted, resizes = message
@@ -369,12 +369,14 @@ class WorkerLink(PeerLink):
         attempts = spread(attempts, count)
         session = columns.get("session")
         sessions = spread(session, count)
+        if not _SESSION.issuperset(map(type, sessions)):
+            raise ProtocolError("a dispatch with a session of another type")
         by_client = spread(columns.get("client", False), count)
         batches = columns.get("batches")
         if batches is not None and (set(map(type, batches)) != {int} or min(batches) < 1 or sum(batches) != count):
             raise ProtocolError(f"batches of {batches!r:.80} in a dispatch of {count}")
         if session is not None:
-            self.sessions.update(dict.fromkeys(filter(None, sessions), self._clock))
+            self.served.used(sessions, self._clock)
         if batches is not None:
             self._keep_batches(ids, batches)
         self.running.update(zip(ids, attempts, strict=True))  # last: what cannot be read does not run
@@ -434,5 +436,5 @@ class WorkerLink(PeerLink):
             "running": [[request, attempt] for request, attempt in self.running.items()],
             "batches": self._running_batches(),
             "replies": bool(self.kept or self._ids),
-            "sessions": [[one, max(0.0, self._clock - used)] for one, used in sorted(self.sessions.items())],
+            "sessions": self.served.ages(self._clock),
         }

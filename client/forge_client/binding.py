@@ -66,6 +66,8 @@ class Binding:
         self.deed: tuple[dict[str, Any], Payload] | None = None
         self.over: Callable[[], Exception] | None = None
         self.sessions: dict[str, Session] = {}
+        # Of these, those that no call was made in: they have no state to lose. The few of them, as a call looks here.
+        self.unused: set[str] = set()
         # By endpoint the arguments of the last fan-out that every replica has had (A11), oldest first: a broker that comes
         # back plays them to replicas that start later.
         self.replays: dict[int, Payload] = {}
@@ -119,9 +121,15 @@ class Binding:
 
     def declared_sessions(self) -> list[list[Any]]:
         """The sessions of this service that are open here, as a hello declares them."""
-        return (
-            [] if self.over else [[self.service, one.session_id, one.hints, one.used] for one in self.sessions.values()]
-        )
+        if self.over:
+            return []
+        unused = self.unused
+        return [[self.service, sid, one.hints, sid not in unused] for sid, one in self.sessions.items()]
+
+    def forget_session(self, session: str) -> Session | None:
+        """It has ended, or was never open."""
+        self.unused.discard(session)
+        return self.sessions.pop(session, None)
 
     def keep_deed(self, spec: dict[str, Any], payload: Payload, *, owner: int, trusted: bool) -> None:
         """Remember how the service was made, for a broker that has forgotten it."""

@@ -148,8 +148,8 @@ class _Endpoint:
         seq = client.link.submit(target.id, payload, waiter, extras, order, said.shape, session)
         if extras is not None and extras.deadline is not None and self._timeout is not None:
             client.guard(seq, extras.deadline, self._timeout)
-        if session is not None and (opened := target.binding.sessions.get(session)) is not None:
-            opened.used = True
+        if session is not None:
+            target.binding.unused.discard(session)
         client.touch()
 
     def _later(
@@ -192,7 +192,7 @@ def _quick_route(
     client, binding, endpoint = target.client, target.binding, target.id
     least, most = target.least, target.most
     link, submit, new_future = client.link, client.link.submit, client.loop.create_future
-    when_done, context = client.when_done, client.context
+    when_done, context, unused = client.when_done, client.context, binding.unused
 
     def route(args: tuple[Any, ...], session: str | None) -> Call | None:
         if binding.over is not None or not least <= len(args) <= most:
@@ -204,8 +204,8 @@ def _quick_route(
         call.add_done_callback(when_done, context=context)  # as `Client.new_call`
         if session is not None:
             submit(endpoint, payload, (call, reader), None, None, len(args) if in_calls else 0, session)
-            if (opened := binding.sessions.get(session)) is not None:
-                opened.used = True
+            if unused:
+                unused.discard(session)
         elif in_calls:
             submit(endpoint, payload, (call, reader), None, None, len(args))
         else:
@@ -245,6 +245,9 @@ class ServiceEndpoint(_Endpoint):
         Awaiting it gives the value (of rank 0, or a ValueMesh, see `return_first_rank_result`), or raises what the
         endpoint raised. BadCall, SerializationError, PayloadTooLarge, Overloaded and SessionClosed are raised at once.
         """
+        if sess_id is not None and type(sess_id) is not str:
+            why = f"sess_id is the id of a session, a str, and not {sess_id!r:.80}"
+            raise BadCall(endpoint=self._label, why=why)
         target = self._target or self._bound()
         if target is None:
 

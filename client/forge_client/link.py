@@ -140,7 +140,7 @@ class ClientLink(PeerLink):
             run = self._run_of(endpoint, shape)
         if session is not None or order is not None:
             behind = order if session is None else session
-            if self._last.get(behind, 0) > run.place:
+            if self._last and self._last.get(behind, 0) > run.place:
                 run = self._new_run(endpoint, shape)
             if run.place:  # before the first run there is nothing to get into
                 self._last[behind] = run.place

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from forge_client.context import session_var
+from forge_client.context import SessionsOfCalls, session_var
 from forge_contract.errors import (
     BrokerLost,
     ServiceStopped,
@@ -39,10 +39,9 @@ class Session:
         self.hints = hints
         self._binding: Binding | None = None
         self._outer: Session | None = None
-        self._outer_id: str | None = None
+        self._outer_id: str | SessionsOfCalls | None = None
         self.session_id = secrets.token_hex(8)
         self.closed = False
-        self.used = False  # a call was made in it: there may be state to lose
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else "open" if self._binding is not None else "not opened"
@@ -59,11 +58,12 @@ class Session:
         self._binding = binding
         fields = {"service": binding.service, "session": self.session_id, "hints": self.hints}
         binding.sessions[self.session_id] = self
+        binding.unused.add(self.session_id)
         try:
             await binding.client.control("open_session", fields)
         except BaseException:
             self.closed = True
-            binding.sessions.pop(self.session_id, None)
+            binding.forget_session(self.session_id)
             raise
 
     async def close(self) -> None:
@@ -108,7 +108,7 @@ class Session:
 
 async def close_session(binding: Binding, session_id: str) -> None:
     """End a session of this service by id. Idempotent."""
-    session = binding.sessions.pop(session_id, None)
+    session = binding.forget_session(session_id)
     if session is not None:
         session.closed = True
     if binding.over is not None:

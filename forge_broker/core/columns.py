@@ -6,7 +6,8 @@ The checks work on whole columns at C speed, because this is the hot path; `disp
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import NoneType
+from typing import Any, Final
 
 from forge_broker.core.requests import Request
 from forge_contract.errors import ProtocolError
@@ -39,16 +40,19 @@ def batching(columns: dict[str, Any], at: int) -> tuple[int, Any, float] | None:
     return shape or 0, key, 1.0 if weight is None else weight
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "timeout": (float, int),
-    "session": (str,),
-    "priority": (int,),
-    "hints": (dict,),
-    "rank": (int,),
-    "shape": (int,),
-    "key": (str, int, bytes),
-    "weight": (float, int),
-    "again": (bool,),
+_KINDS: Final[dict[str, frozenset[type]]] = {
+    name: frozenset({*kinds, NoneType})
+    for name, kinds in {
+        "timeout": (float, int),
+        "session": (str,),
+        "priority": (int,),
+        "hints": (dict,),
+        "rank": (int,),
+        "shape": (int,),
+        "key": (str, int, bytes),
+        "weight": (float, int),
+        "again": (bool,),
+    }.items()
 }
 
 
@@ -69,7 +73,7 @@ def read_calls(message: list[Any]) -> tuple[int, list[int], list[int], dict[str,
         many = values if isinstance(values, list) else [values]
         if isinstance(values, list) and len(values) != len(sequences):
             raise ProtocolError(f"CALLS with {len(values)} values of {name} for {len(sequences)} items")
-        if not all(value is None or type(value) in _KINDS[name] for value in many):
+        if not _KINDS[name].issuperset(map(type, many)):
             raise ProtocolError(f"CALLS with a {name} of another type")
         if name == "timeout" and any(value is not None and math.isnan(value) for value in many):
             raise ProtocolError("CALLS with a timeout that is no number")  # nan would never be due, nor let others be

@@ -155,11 +155,14 @@ def _sessions(broker: Broker) -> list[str]:
             replica = service.replicas.get(idx)
             if replica is None or replica.state not in (ReplicaState.HEALTHY, ReplicaState.DRAINING):
                 wrong.append(f"{sid} of {service!r} is pinned to {replica!r}")
+        wrong += [f"{sid} of {service!r} is fresh and not open" for sid in service.fresh - service.sessions.keys()]
         for replica in service.replicas.values():
             pinned = sum(1 for idx in service.pins.values() if idx == replica.idx)
             if pinned != replica.sessions:
                 wrong.append(f"{replica!r} counts {replica.sessions} sessions, {pinned} are pinned")
         for sid, session in service.sessions.items():
+            if session.lost and sid in service.pins:
+                wrong.append(f"{sid} is lost, and pinned")
             waiting = service.unpinned.length and sum(1 for request in service.unpinned if request.session == sid)
             if waiting != session.unpinned:
                 wrong.append(f"{sid} counts {session.unpinned} waiting calls, {waiting} wait")

@@ -328,16 +328,17 @@ class Rebuild:
             return
         self._sessions.open(service, declared.client, declared.session, declared.hints, now)
         session = service.sessions[declared.session]
-        session.ran = declared.used
+        if declared.used:
+            service.fresh.discard(session.id)
         home = window.home(service.id, session.id)
         kept = None if home is None else window.states.get((service.id, session.id, home.idx))
         if kept is not None:
             self._sessions.keep(session, *kept, now)
         if home is not None and home.healthy:
             service.pin(session.id, home)
-        elif session.ran and session.state is None:
+        elif declared.used and session.state is None:
             self._state.story.tell(now, session.id, "its state is lost: its worker died while the broker was away")
-            session.ran = False
+            service.fresh.add(session.id)
             if service.config.on_session_loss == "raise":
                 session.lost = "its worker died while the broker was away"
 

@@ -121,11 +121,7 @@ class Replies:
             del calls[key]
             del held[key]
         if one.sessions is not None:
-            known = ends.replica.service.sessions
-            for sid in map(one.sessions.pop, ids):
-                if (session := known.get(sid)) is not None:
-                    session.used_at = now  # a call that ran until now was use until now
-                    session.ran = True
+            ends.replica.service.answered(one.sessions_of(ids), now)
         self._state.held_bytes -= bytes_
         client.held_bytes -= bytes_
         client.answered += len(ids)
@@ -174,9 +170,8 @@ class Replies:
             ends.count += 1
             ends.room += 1 if request.batch is None else request.batch.ended(1)
             ends.latency_s += now - request.queued_at
-            if request.session is not None and (session := replica.service.sessions.get(request.session)) is not None:
-                session.used_at = now  # a call that ran until now was use until now
-                session.ran = True
+            if request.session is not None:
+                replica.service.answered([request.session], now)
             if request.answered:
                 continue
             if status == OK:

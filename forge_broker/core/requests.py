@@ -9,7 +9,7 @@ replica has really ended it, because only then is the room free (F5).
 from __future__ import annotations
 
 import enum
-from itertools import accumulate, islice
+from itertools import accumulate, islice, repeat
 from typing import Any, Final
 
 from forge_contract.framing import Payload
@@ -162,6 +162,7 @@ class Slice:
         "_at",
         "_ids",
         "_packed",
+        "_sessions_by_id",
         "_sizes",
         "_start",
         "_starts",
@@ -188,7 +189,7 @@ class Slice:
         self.started_at = 0.0
         self.batch: Batch | None = None
         self.batching: tuple[int, Any, float] | None = None
-        self.sessions: dict[int, str] | None = None  # by id, of all its calls or of none
+        self.sessions: list[str] | None = None  # of each of its calls, as they came
         self.left = dict(zip(ids, sizes, strict=True))  # not ended: id → bytes of its arguments
         self._ids = ids
         self._sizes = sizes
@@ -196,10 +197,25 @@ class Slice:
         self._at = 0  # in `_ids` and `_sizes`: those before have been taken
         self._start = 0  # in `_packed`, the same
         self._starts: dict[int, int] | None = None  # in `_packed`, by id, once somebody has looked at one by itself
+        self._sessions_by_id: dict[int, str] | None = None  # once they do not end together
 
     def is_of(self, session: str) -> bool:
         """Whether one of those left is."""
-        return self.sessions is not None and session in self.sessions.values()
+        sessions = self.sessions
+        return sessions is not None and any(
+            key in self.left for key, one in zip(self._ids, sessions, strict=True) if one == session
+        )
+
+    def sessions_of(self, ids: list[int]) -> list[str]:
+        """Of these of its calls. Where it has `sessions`."""
+        sessions = self.sessions
+        assert sessions is not None
+        if ids == self._ids:  # mostly: what left in one envelope comes back in one
+            return sessions
+        by_id = self._sessions_by_id
+        if by_id is None:
+            by_id = self._sessions_by_id = dict(zip(self._ids, sessions, strict=True))
+        return [by_id[key] for key in ids]
 
     @property
     def place(self) -> int:
@@ -248,7 +264,7 @@ class Slice:
         """Those that are left, each by itself from now on. For one in flight."""
         calls = self.client.calls
         at = 0
-        for key, size in zip(self._ids, self._sizes, strict=True):
+        for key, size, session in zip(self._ids, self._sizes, self.sessions or repeat(None), strict=False):
             start, at = at, at + size
             if key in self.left:
                 request = Request(key, self.client, self.endpoint, self._packed[start:at], size, self.queued_at)
@@ -257,7 +273,6 @@ class Slice:
                 request.holder = self.holder
                 request.batch = self.batch
                 request.batching = self.batching
-                if self.sessions is not None:
-                    request.session = self.sessions[key]
+                request.session = session
                 calls[key] = self.held[key] = request
         self.left = {}

@@ -47,6 +47,8 @@ class Returns:
                 ran = ran or any(part[0] != UNTOUCHED for part in request.parts.values())
             request.parts = None
             request.batch = None
+            if request.session is not None:
+                replica.service.used([request.session], now)
             if request.answered:
                 continue
             if request.gather is not None and (
@@ -157,8 +159,12 @@ class Returns:
             service.unpin(sid)
             session = service.sessions[sid]
             self._state.story.tell(now, sid, f"lost its replica {replica.name}: {why}")
-            if session.state is not None or not session.ran:
+            if session.state is not None or sid in service.fresh:
                 continue
-            session.ran = False
+            service.fresh.add(sid)
             if service.config.on_session_loss == "raise":
                 session.lost = f"{replica.name} was lost: {why}"
+                if session.suspects:  # for their cell nobody asks again whose they are
+                    for request in [request for request in service.suspects if request.session == sid]:
+                        service.unqueue(request)
+                        self._answers.fail(request, SessionLost(session=sid, service=service.name, why=session.lost))

@@ -29,6 +29,7 @@ class Sessions:
         """Idempotent: a session that is open stays as it is."""
         if sid not in service.sessions:
             session = service.sessions[sid] = Session(sid, service, client, hints, now)
+            service.fresh.add(sid)
             client.sessions.add(session)
             if service.config.session_ttl_s is not None:
                 self._state.deadlines.add(now + service.config.session_ttl_s, Kind.SESSION, session)
@@ -61,6 +62,7 @@ class Sessions:
 
     def _end(self, service: Service, session: Session) -> None:
         del service.sessions[session.id]
+        service.fresh.discard(session.id)
         idx = service.pins.get(session.id)
         service.unpin(session.id)
         self.drop_checkpoint(session)

@@ -6,7 +6,7 @@ wait. There is one path: whatever a slice's calls cannot share, a deadline, say,
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections import defaultdict
 from typing import Any
 
 from forge_broker.core.clients import Client
@@ -14,6 +14,7 @@ from forge_broker.core.dispatch import Dispatch
 from forge_broker.core.requests import Slice
 from forge_broker.core.services import Endpoint, Service
 from forge_broker.core.state import State
+from forge_contract.framing import Payloads
 from forge_contract.messages import request_id, spread
 
 _SESSION = {"session"}
@@ -127,31 +128,25 @@ class Slices:
         where something has to be decided for one of them: it is new, lost, or kept for a suspect; what its replica should take has to
         wait; or its calls run one at a time (S3)."""
         service: Service = endpoint.service
-        if service.exports or service.ready or service.suspects.length or service.config.world > 1:
+        if service.exports or service.ready or service.unpinned.length or service.suspects.length:
             return 0
-        known, pins = service.sessions, service.pins
-        shares: dict[int, list[int]] = {}  # replica → places in the columns
-        sids = spread(sessions, len(ids))
-        for at, sid in enumerate(sids):
-            session = known.get(sid)
-            idx = pins.get(sid)
-            if session is None or idx is None or session.lost or session.unpinned:
-                return 0
-            if idx in shares:
-                shares[idx].append(at)
-            else:
-                shares[idx] = [at]
-        for idx, places in shares.items():
-            replica = service.replicas[idx]
+        if service.config.world > 1:
+            return 0
+        sids: list[Any] = spread(sessions, len(ids))
+        shares: defaultdict[int | None, list[int]] = defaultdict(list)  # replica → places in the columns
+        for at, home in enumerate(map(service.pins.get, sids)):
+            shares[home].append(at)
+        if None in shares:
+            return 0
+        replicas = [service.replicas[idx] for idx in shares if idx is not None]
+        for replica, places in zip(replicas, shares.values(), strict=True):
             if replica.parked.length or len(places) > replica.free:
                 return 0
-        for sid in sids:
-            known[sid].used_at = now
-        ends = list(accumulate(sizes))
-        for idx, places in shares.items():
+        pieces: list[Any] = Payloads(packed, ()).take_all(sizes)
+        for replica, places in zip(replicas, shares.values(), strict=True):
             share = [sizes[at] for at in places]
-            theirs = b"".join([packed[ends[at] - sizes[at] : ends[at]] for at in places])
+            theirs = b"".join([pieces[at] for at in places])
             one = Slice([ids[at] for at in places], share, theirs, client, endpoint, now)
-            one.sessions = {ids[at]: sids[at] for at in places}
-            self._dispatch.slice(one, service.replicas[idx], now)
+            one.sessions = [sids[at] for at in places]
+            self._dispatch.slice(one, replica, now)
         return len(ids)

@@ -216,7 +216,9 @@ def story(state: State, subject: str, now: float) -> list[str]:
             idx = service.pins.get(subject)
             session = service.sessions[subject]
             pinned = f"pinned to {service.name}/{idx}" if idx is not None else "not pinned yet"
-            return [*lines, f"session of {service.name}, {pinned}, last used {now - session.used_at:.3f} s ago"]
+            ttl_s = service.config.session_ttl_s
+            used = "" if ttl_s is None else f", last used {now - session.used_at:.3f} s ago"
+            return [*lines, f"session of {service.name}, {pinned}{used}"]
         for replica in service.replicas.values():
             if replica.name == subject:
                 return [*lines, *_replica_now(replica)]

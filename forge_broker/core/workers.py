@@ -204,7 +204,7 @@ class Worker(Link):
         if batch:
             group[7]["batches"].append(len(ids))
         if sessions:
-            group[7]["session"] += sessions.values()
+            group[7]["session"] += sessions
         self.outbox.attach_packed(packed)
 
     def _open_dispatch(self, trusted: bool, endpoint: Any, flags: int) -> list[Any]:

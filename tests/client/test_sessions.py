@@ -107,6 +107,25 @@ async def test_an_explicit_session_wins(chat: Service) -> None:
     await chat.terminate_session(session_id)
 
 
+@pytest.mark.parametrize("wrong", [5, ["s"], b"s"])
+async def test_a_session_id_of_another_type_is_its_callers_mistake(chat: Service, broker: Served, wrong: Any) -> None:
+    """W8: the broker would end the whole client for it."""
+    with pytest.raises(BadCall, match="sess_id is the id of a session"):
+        chat.say.route(sess_id=wrong)
+    assert await chat.say.route() is None
+
+
+async def test_a_session_counts_as_used_from_its_first_call_on(chat: Service, broker: Served) -> None:
+    """F10: what a broker without memory is told."""
+    used, idle = await chat.start_session(), await chat.start_session()
+    other = await chat.start_session()
+    await chat.say.route(sess_id=used)
+    await chat.say.options(timeout=9.0).route(sess_id=other)
+    await chat.terminate_session(other)
+    binding = await chat.bound()
+    assert {sid: was_used for _, sid, _, was_used in binding.declared_sessions()} == {used: True, idle: False}
+
+
 async def test_options_of_a_call_hold_inside_a_session_too(chat: Service, broker: Served) -> None:
     """F5, S1"""
     broker.broker.methods["say"] = lambda item, text="": [item["session"], item["priority"], 0 < item["timeout"] <= 9.0]

@@ -40,7 +40,15 @@ def test_what_is_attached_comes_out_in_order(first: list[Any], second: list[Any]
     assert len(outbox) == 0
 
 
-@pytest.mark.parametrize("sizes", [[3], [-1], [2, 1], [1]])
+def test_small_payloads_of_one_size_are_cut_alike() -> None:
+    taken = decode(encode("c-1", 1, 1, 1, 1, [], b"zaabbcc")).payloads
+    assert taken.take(1) == b"z"
+    assert taken.take_all([2, 2, 2]) == [b"aa", b"bb", b"cc"]
+    assert taken.take_all([0, 0]) == [b"", b""]
+    taken.close()
+
+
+@pytest.mark.parametrize("sizes", [[3], [-1], [2, 1], [1], [2, 2]])
 def test_sizes_that_do_not_add_up_are_nonsense(sizes: list[int]) -> None:
     """W8: too much, too many, or something left over."""
     taken = decode(encode("c-1", 1, 1, 1, 1, [], b"ab")).payloads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from forge_broker.core.requests import Request, Slice
@@ -322,9 +324,11 @@ def test_replies_that_name_more_bytes_than_came_cost_the_worker_its_link_and_no_
     assert bench.state.held_bytes == 0
 
 
-def in_sessions(limit: int = 8, sessions: int = 4) -> tuple[Bench, ClientPeer, WorkerPeer, WorkerPeer, int, list[str]]:
+def in_sessions(
+    limit: int = 8, sessions: int = 4, **options: Any
+) -> tuple[Bench, ClientPeer, WorkerPeer, WorkerPeer, int, list[str]]:
     """Sessions that have been called once, so that each lives somewhere."""
-    bench, client, (one, two), endpoint = Bench().serving(2, replica_max_concurrent_requests=limit)
+    bench, client, (one, two), endpoint = Bench().serving(2, replica_max_concurrent_requests=limit, **options)
     names = [f"s{number}" for number in range(sessions)]
     for name in names:
         client.ask("open_session", service=bench.service().id, session=name, hints={})
@@ -352,8 +356,24 @@ def test_calls_of_sessions_are_held_as_one_for_each_replica_they_live_on() -> No
     one.reply()
     two.reply()
     assert [client.results[number] for number in numbers] == [(OK, b"a"), (OK, b"bb"), (OK, b"c"), (OK, b"dd")]
-    assert {session.used_at for session in bench.service().sessions.values()} == {bench.now}
     assert bench.state.held_bytes == 0
+
+
+def test_a_session_whose_calls_are_held_with_others_was_used_until_they_ended() -> None:
+    """S2: session_ttl_s, whether they end together or one by one."""
+    bench, client, one, _two, endpoint, names = in_sessions(session_ttl_s=10.0)
+    mine = [name for name in names if bench.service().pins[name] == 0]
+    bench.advance(8.0)
+    client.call(endpoint, b"a", b"b", session=mine)
+    bench.advance(20.0)
+    assert set(bench.service().sessions) == set(mine)  # of the others nothing ran
+    reply(one, one.calls[0])
+    bench.advance(5.0)
+    one.reply()
+    bench.advance(6.0)
+    assert set(bench.service().sessions) == {mine[1]}
+    bench.advance(5.0)
+    assert not bench.service().sessions
 
 
 def test_calls_of_sessions_that_come_back_from_a_lost_replica_keep_their_session_and_their_order() -> None:

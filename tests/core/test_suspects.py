@@ -6,7 +6,7 @@ import pytest
 
 from forge_broker.core.actions import Kill, KillPeer, Look
 from forge_broker.core.events import Stopped
-from forge_contract.errors import BadCall, OutcomeUnknown, PoisonedRequest
+from forge_contract.errors import BadCall, OutcomeUnknown, PoisonedRequest, SessionLost
 from forge_contract.messages import RAISED, UNREADY, show_request
 from tests.core.peers import Bench, WorkerPeer
 
@@ -143,6 +143,24 @@ def test_the_calls_of_a_suspects_session_wait_behind_it() -> None:
         worker.reply(1)
     assert worker.seen == [b"1", b"2", b"3", b"4"]
     assert len(client.results) == 4
+
+
+def test_what_waits_behind_a_suspect_fails_when_its_session_is_lost() -> None:
+    """F4, S3: it would run in a session that does not know what it was told before."""
+    bench, client, (first,), endpoint = Bench().serving(1, on_session_loss="raise")
+    client.ask("open_session", service="Echo", session="s", hints={})
+    client.call(endpoint, b"1", b"2", b"3", session="s")
+    first.die()
+    (second,) = revived(bench)
+    second.die()
+    (third,) = revived(bench)
+    third.reply()
+    assert third.seen == [b"1", b"2"]
+    third.die()
+    assert isinstance(client.error(2), PoisonedRequest)
+    assert isinstance(client.error(3), SessionLost)
+    (fourth,) = revived(bench)
+    assert fourth.seen == []
 
 
 def test_a_suspect_that_is_cancelled_gives_its_cell_back() -> None:

@@ -45,6 +45,7 @@ from forge_worker.link import (
     Welcomed,
     WorkerLink,
 )
+from forge_worker.served import LAID_BY, Served
 from tests.worker.fake_broker import assignment_fields
 
 INCARNATION = 5
@@ -428,7 +429,29 @@ def test_sessions_are_remembered_until_they_are_forgotten() -> None:
     talk.say([DISPATCH, 1, 0, True, [1], 1, [0], {"session": "a"}])
     talk.say([DISPATCH, 1, 0, True, [2, 3], 1, [0, 0], {"session": ["b", None]}])
     talk.say([FORGET, ["a", "never seen"]])
-    assert set(talk.link.sessions) == {"b"}
+    assert [sid for sid, _ in talk.link.served.ages(0.0)] == ["b"]
+
+
+@pytest.mark.parametrize("calls", [1, LAID_BY])
+def test_sessions_are_told_with_the_time_since_their_last_use(calls: int) -> None:
+    """F10: the later of two workers that hold one is right."""
+    served = Served()
+    served.used(["a", "b", None], 1.0)
+    served.used(["b"] * calls, 3.0)
+    assert served.ages(5.0) == [["a", 4.0], ["b", 2.0]]
+    served.forget(["a"])
+    served.used(["c"], 5.0)
+    assert served.ages(5.0) == [["b", 2.0], ["c", 0.0]]
+
+
+@pytest.mark.parametrize("session", [5, ["a", ["b"]], {"a": 1}])
+def test_a_dispatch_whose_sessions_are_none_is_refused(session: Any) -> None:
+    """W8"""
+    talk = Talk().assigned()
+    talk.say([DISPATCH, 1, 0, True, [1, 2], 1, [0, 0], {"session": session}])
+    assert talk.link.refused_messages == 1
+    assert talk.link.take() == []
+    assert talk.link.served.ages(0.0) == []
 
 
 def test_a_refusal_is_an_instruction_and_the_link_is_closed() -> None:
