@@ -271,19 +271,23 @@ class SimClient(Peer):
         rank: int | None = None,
         hints: dict[str, Any] | None = None,
         buffered: bool = False,
+        shape: int = 0,
+        key: str | None = None,
+        weight: float | None = None,
     ) -> Reply:
-        """`buffered`: the payload is a large value."""
+        """`buffered`: the payload is a large value. Shape, key and weight are what a batch goes by."""
         reply = Reply()
         deadline = None if timeout is None else self.world.clock.now + timeout
         order = service["service"] if service["kind"] == "actor" else None
-        extras = Extras(deadline, priority, hints, rank)
+        extras = Extras(deadline, priority, hints, rank, key, weight)
         reply.sequence = self.link.submit(
             service["endpoints"][endpoint],
             large(payload, self.pool) if buffered else payload,
             reply,
             None if extras == Extras() else extras,
             order,
-            session=session,
+            shape,
+            session,
         )
         if flush:
             self.flush()
