@@ -89,6 +89,7 @@ KINDS: Final = (
     "batch",
     "burst",
     "sessions",
+    "together",
 )
 
 
@@ -115,8 +116,6 @@ class Storm:
         )
         self.random = world.random
         self.sizes = random.Random(seed)  # of its own: what is large changes nothing of what happens when
-        # Half of all storms are without the last kind, as they were when they found what `test_storms` has them find again.
-        self.kinds = (*KINDS, "together") if self.sizes.random() < 0.5 else KINDS
         world.duplicates = self.random.choice([0.0, 0.02])
         world.actor = self._act
         self.near, self.far, self.mortal = world.client(), world.client(host="another-host"), world.client()
@@ -158,7 +157,7 @@ class Storm:
     # The callers.
 
     def call(self, n: int) -> None:
-        kind = self.random.choice(self.kinds)
+        kind = self.random.choice(KINDS)
         if kind in ("batch", "burst", "sessions", "together"):
             self._call_together(n, kind)
             return
