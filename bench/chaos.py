@@ -15,7 +15,7 @@ often in seconds:
     --link-every    a fault of the proxy: reset, half-open, black hole in one direction, delay
 
 `chaos_history` says what is compared. Exit code 1 when anything was lost, answered twice, stale, out of order, run twice at most once,
-failed without reason, or left running. Chance is seeded; what the processes make of it is not the same twice.
+failed without reason, or left running or in /dev/shm. Chance is seeded; what the processes make of it is not the same twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,18 @@ if not __package__:  # run as a plain script
 from bench.chaos_actor import Counter
 from bench.chaos_callers import Callers
 from bench.chaos_history import History, Verdict, check, read
-from bench.chaos_processes import END_S, ROOT, Broker, end_all, environment, hand_started, send, stopped, workers
+from bench.chaos_processes import (
+    END_S,
+    ROOT,
+    Broker,
+    end_all,
+    environment,
+    files_of,
+    hand_started,
+    send,
+    stopped,
+    workers,
+)
 from bench.fault_proxy import FaultProxy
 from forge_client import ForgeError, connect
 from forge_client.client import Client
@@ -199,8 +210,9 @@ class Faults:
         return self._random.choice(pids) if pids else None
 
 
-async def run(options: argparse.Namespace) -> tuple[Verdict, list[str]]:
-    """One run: the verdict, and the command lines of what was left running and had to be killed."""
+async def run(options: argparse.Namespace) -> tuple[Verdict, dict[str, int], list[str]]:
+    """One run: the verdict, what the last broker had seen of batches and shared memory, and what was left: the command lines of
+    processes that had to be killed, and files in /dev/shm."""
     broker = Broker(
         options.directory,
         heartbeat_s=HEARTBEAT_S,
@@ -212,11 +224,14 @@ async def run(options: argparse.Namespace) -> tuple[Verdict, list[str]]:
     proxy = FaultProxy(broker.port)
     others: list[subprocess.Popen[bytes]] = []
     left: list[str] = []
+    seen: dict[str, int] = {}
+    segments = ""
     try:
         broker.start()
         address = f"tcp://127.0.0.1:{await proxy.start()}"
         async with connect(broker.ipc, connect_timeout_s=CONNECT_S) as client:
-            await _work(options, broker, proxy, client, address, others)
+            segments = "" if client.link.segments is None else client.link.segments.prefix
+            seen = await _work(options, broker, proxy, client, address, others)
     except BaseException:
         print(f"the broker's last words:\n{broker.last_words()}\nhistories and logs: {options.directory}")
         raise
@@ -228,10 +243,11 @@ async def run(options: argparse.Namespace) -> tuple[Verdict, list[str]]:
         left = await asyncio.to_thread(end_all, broker.mark, END_S if sys.exc_info()[0] is None else 1.0)
         for other in others:
             await asyncio.to_thread(other.wait)
+    left += await asyncio.to_thread(files_of, segments)
     allowed: frozenset[str] = frozenset().union(
         *(errors for kind, errors in MAY_FAIL.items() if getattr(options, f"{kind}_every"))
     )
-    return check(read(options.directory), allowed), left
+    return check(read(options.directory), allowed), seen, left
 
 
 async def _work(
@@ -241,7 +257,7 @@ async def _work(
     client: Client,
     address: str,
     others: list[subprocess.Popen[bytes]],
-) -> None:
+) -> dict[str, int]:
     environ = environment(broker.mark)
     others += [hand_started(address, broker.mark, options.directory) for _ in range(options.hand_started)]
     async with asyncio.timeout(START_S):
@@ -284,13 +300,20 @@ async def _work(
             code = await child.wait()
         if code:
             raise RuntimeError(f"the callers behind the proxy ended with {code}; their words are above")
+        batches = (await service.state())["batches"].values()
+        shared = (await client.control("status", {}))["shared_memory"]
+        return {
+            "batches": sum(one["batches"] for one in batches),
+            "batched": sum(one["items"] for one in batches),
+            "shared_bytes": shared["bytes"],
+        }
     finally:
         if child.returncode is None:
             child.kill()
             await child.wait()
 
 
-def show(verdict: Verdict, left: list[str]) -> None:
+def show(verdict: Verdict, seen: dict[str, int], left: list[str]) -> None:
     faults = ", ".join(f"{kind} {count}" for kind, count in sorted(verdict.faults.items())) or "none"
     rate = verdict.calls / verdict.seconds if verdict.seconds else 0.0
     rows: list[tuple[str, object]] = [
@@ -305,9 +328,11 @@ def show(verdict: Verdict, left: list[str]) -> None:
         ("run twice", len(verdict.run_twice)),
         ("stale", len(verdict.stale)),
         ("out of order", len(verdict.out_of_order)),
-        ("left running", len(left)),
+        ("left behind", len(left)),
         ("run again elsewhere", f"{verdict.run_again}, at least once allows it"),
         ("counted twice", f"{len(verdict.counted_twice)}, at least once allows it"),
+        ("batches", f"{seen['batches']:,} of {seen['batched']:,} calls, since the broker came last"),
+        ("shared memory", f"{seen['shared_bytes'] / 2**20:.1f} MiB at the end"),
         ("sessions", f"{verdict.sessions:,}, of which {verdict.moved:,} moved"),
         ("longest silence", f"{verdict.longest_silence_s:.3f} s"),
         (
@@ -321,7 +346,7 @@ def show(verdict: Verdict, left: list[str]) -> None:
         if name != "counted_twice":
             print(f"\n{name}:", *finding, sep="\n  ")
     if left:
-        print("\nleft running:", *left, sep="\n  ")
+        print("\nleft behind:", *left, sep="\n  ")
 
 
 def _by_error(counts: dict[str, int]) -> str:
@@ -356,12 +381,12 @@ def main() -> int:
         if getattr(options, f"{kind}_every") is None:
             setattr(options, f"{kind}_every", plan.get(kind, 0.0))
     options.directory = Path(tempfile.mkdtemp(prefix="forge-chaos-"))  # 0700, so that its ipc address is trusted
-    verdict, left = asyncio.run(run(options))
-    show(verdict, left)
+    verdict, seen, left = asyncio.run(run(options))
+    show(verdict, seen, left)
     wrong = verdict.bad + len(left)
     if options.json:
         about = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        figures: dict[str, Any] = {**verdict.to_dict(), "left_running": len(left), "about": about}
+        figures: dict[str, Any] = {**verdict.to_dict(), **seen, "left_behind": len(left), "about": about}
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if wrong or options.keep:
         print(f"\nhistories and logs: {options.directory}")

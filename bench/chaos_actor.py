@@ -27,17 +27,24 @@ class Counter(ForgeActor):
         self._counts: dict[str, int] = {}
 
     @endpoint
-    async def work(self, call: str, ballast: bytes = b"") -> int:
-        if ballast and ballast != BALLAST:
-            raise ValueError("the ballast came otherwise than it was sent")
+    async def work(self, call: str) -> int:
         return await self._once("plain", call)
 
     @service_endpoint(batch_size=8, batch_timeout=0.002, batch_mode="call")
     async def work_together(self, calls: list[str]) -> list[int]:
-        for call in calls:
-            self._history.write("run", "plain", call)
-        await asyncio.sleep(self._work_s)
+        await self._all_once(calls)
         return [0] * len(calls)
+
+    @endpoint
+    async def carry(self, call: str, ballast: bytes) -> bytes:
+        """Gives back what it was given; so does `carry_together`."""
+        await self._once("plain", call)
+        return _judged(ballast)
+
+    @service_endpoint(batch_size=4, batch_timeout=0.01, batch_mode="call")
+    async def carry_together(self, calls: list[str], ballasts: list[bytes]) -> list[bytes]:
+        await self._all_once(calls)
+        return list(map(_judged, ballasts))
 
     @endpoint(delivery="at_most_once")
     async def once(self, call: str) -> int:
@@ -58,11 +65,22 @@ class Counter(ForgeActor):
         await asyncio.sleep(self._work_s)
         return 0
 
+    async def _all_once(self, calls: list[str]) -> None:
+        for call in calls:
+            self._history.write("run", "plain", call)
+        await asyncio.sleep(self._work_s)
+
     def export_session(self, sess_id: str) -> int:
         return self._counts.get(sess_id, 0)
 
     def import_session(self, sess_id: str, state: int) -> None:
         self._counts[sess_id] = state
+
+
+def _judged(ballast: bytes) -> bytes:
+    if ballast != BALLAST:
+        raise ValueError("the ballast came otherwise than it was sent")
+    return ballast
 
 
 class Holder(ForgeActor):

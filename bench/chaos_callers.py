@@ -132,9 +132,9 @@ class Callers:
                 return call, service.add.route(call, n)
             if kind == "once":
                 return call, service.once.route(call)
-            if number % 16 == 0:
-                return call, service.work.route(call, BALLAST)
-            # Every other one in batches.
+            # One in eight carries what goes through shared memory; of these and of the others every second goes in a batch.
+            if number % 8 == 0:
+                return call, (service.carry_together if number % 16 else service.carry).route(call, BALLAST)
             return call, (service.work_together if number % 2 else service.work).route(call)
         except ForgeError as error:
             # Raised before anything travelled, so it certainly did not run.
@@ -151,7 +151,7 @@ class Callers:
         if answer is None:
             return False
         try:
-            value = await answer
+            value = _judged(await answer)
         except UNKNOWN as error:
             if isinstance(error, BrokerLost):
                 self.over.set()
@@ -167,6 +167,15 @@ class Callers:
         call = f"{self._label}-{next(self._numbers)}-{op}"
         self._history.write("invoke", "control", call, session)
         return await self._outcome("control", (call, _nothing(doing)), session)
+
+
+def _judged(value: int | bytes) -> int:
+    """What is written down for it. Raises ValueError for ballast that came back otherwise than it was sent."""
+    if isinstance(value, int):
+        return value
+    if value != BALLAST:
+        raise ValueError("the ballast came back otherwise than it was sent")
+    return 0
 
 
 async def _nothing(doing: Awaitable[Any]) -> int:

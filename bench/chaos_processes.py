@@ -18,6 +18,8 @@ import uuid
 from pathlib import Path
 from typing import Final
 
+from forge_contract.segments import DIRECTORY
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 MARK: Final = "FORGE_CHAOS"
 END_S: Final = 20.0  # what is stopped in order has so long to end
@@ -134,6 +136,11 @@ def resident_mib(pid: int) -> float:
     """Raises FileNotFoundError when it is gone."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def files_of(segments: str) -> list[str]:
+    """What a broker and its peers have in /dev/shm. `segments`: how the names of all of it begin, nothing where there is none."""
+    return sorted(map(str, Path(DIRECTORY).glob(f"{segments}*"))) if segments else []
 
 
 def send(pid: int, number: signal.Signals) -> bool:

@@ -124,7 +124,7 @@ class TrustRequired(ForgeError, PermissionError):
 
 
 class PayloadTooLarge(ForgeError, ValueError):
-    text = "{what} takes {size} bytes, over max_payload_bytes={limit}; send less, or raise the limit on the broker"
+    text = "{what} would take {size} bytes, over max_payload_bytes={limit}; send less, or raise the limit on the broker"
 
 
 class ProtocolError(ForgeError):

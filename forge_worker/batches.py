@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from forge_contract.errors import BatchError, ForgeError
 from forge_contract.framing import Payload
@@ -103,11 +103,9 @@ class Batch:
         if self._stacks and _is_array(value) and value.ndim and len(value) == count:
             value = list(value)
         if not isinstance(value, (list, tuple)) or len(value) != count:
-            got = f"{len(value)} results" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
             calls = f"{count} call{'s' if count > 1 else ''}"
-            return self._outcomes.failed(
-                BatchError(endpoint=self.endpoint, why=f"for {calls} it returned {got}, not a list of {count}")
-            )
+            why = f"for {calls} it returned {self._described(value)}, not a list of {count}"
+            return self._outcomes.failed(BatchError(endpoint=self.endpoint, why=why))
         common: Outcome = OK, b""
         own, of, name = self.own, self._outcomes, self.endpoint
         for request, one in zip(self.running, value, strict=True):
@@ -128,6 +126,15 @@ class Batch:
             if request in self._dropped:
                 ended[at] = DROPPED, b""
         return [one for one, _ in ended], [one for _, one in ended]
+
+    def _described(self, value: Any) -> str:
+        """What was returned instead of a list."""
+        if isinstance(value, (list, tuple)):
+            return f"{len(value)} results"
+        if not _is_array(value):
+            return f"a {type(value).__name__}"
+        hint = "" if self._stacks else ' (collate="stack" takes one array for all of them, and splits the one returned)'
+        return f"an array of shape {tuple(value.shape)}{hint}"
 
     def _rows(self) -> list[_Row]:
         rows: list[_Row] = []
@@ -150,25 +157,26 @@ class Batch:
         if len(set(shapes)) <= 1:
             return rows
         wanted = _majority(shapes)
-        return self._without(
-            rows, [shape == wanted for shape in shapes], "it was called with other arguments than the rest of its batch"
-        )
+        why = "it was called with other arguments than the rest of its batch"
+        return self._without(rows, {at: why for at, shape in enumerate(shapes) if shape != wanted})
 
     def _fitting(self, rows: list[_Row], columns: list[list[Any]]) -> list[_Row]:
-        fits = [True] * len(rows)
+        odd: dict[int, str] = {}  # by place: why
         for column in columns:
             keys = [_layout(value) for value in column]
-            wanted = _majority([key for key, fit in zip(keys, fits, strict=True) if fit])
-            if wanted is not None:  # a list may hold anything
-                fits = [fit and key == wanted for key, fit in zip(keys, fits, strict=True)]
-        return self._without(rows, fits, "an array among its arguments has another shape or dtype than the batch's")
+            wanted = _majority([key for at, key in enumerate(keys) if at not in odd])
+            for at, key in enumerate(keys) if wanted is not None else ():  # a list may hold anything
+                if key != wanted:
+                    odd.setdefault(
+                        at, f"one of its arguments is {_told(key)}, and those of its batch are {_told(wanted)}"
+                    )
+        return self._without(rows, odd)
 
-    def _without(self, rows: list[_Row], fits: list[bool], why: str) -> list[_Row]:
-        odd = [row[0] for row, fit in zip(rows, fits, strict=True) if not fit]
-        if odd:
-            outcome = self._outcomes.failed(BatchError(endpoint=self.endpoint, why=why))
-            self.own.update(dict.fromkeys(odd, outcome))
-        return [row for row, fit in zip(rows, fits, strict=True) if fit]
+    def _without(self, rows: list[_Row], odd: dict[int, str]) -> list[_Row]:
+        """All rows but those at the places that are `odd`, each of which is told why."""
+        for at, why in odd.items():
+            self.own[rows[at][0]] = self._outcomes.failed(BatchError(endpoint=self.endpoint, why=why))
+        return [row for at, row in enumerate(rows) if at not in odd]
 
 
 def in_lists(args: tuple[Any, ...], kwargs: dict[str, Any], *, stacks: bool) -> Arguments:
@@ -190,11 +198,29 @@ def _is_array(value: Any) -> bool:
     )
 
 
-def _layout(value: Any) -> Hashable:
-    """What arrays on one stack have in common; None for what is no array."""
+class _Layout(NamedTuple):
+    """What arrays on one stack have in common."""
+
+    library: str
+    shape: tuple[int, ...]
+    dtype: Any
+    device: Any
+
+
+def _layout(value: Any) -> _Layout | None:
+    """None for what is no array."""
     if not _is_array(value):
         return None
-    return type(value).__module__.partition(".")[0], tuple(value.shape), value.dtype, getattr(value, "device", None)
+    library = type(value).__module__.partition(".")[0]
+    return _Layout(library, tuple(value.shape), value.dtype, getattr(value, "device", "cpu"))
+
+
+def _told(layout: _Layout | None) -> str:
+    if layout is None:
+        return "no array"
+    dtype = str(layout.dtype).rpartition(".")[2]  # torch's says where it is from
+    where = "" if str(layout.device) == "cpu" else f" on {layout.device}"
+    return f"a {layout.library} array of {dtype}, shape {layout.shape}{where}"
 
 
 def _stacked(values: list[Any]) -> Any:

@@ -442,6 +442,8 @@ class Worker:
     async def _say_bye(self, reason: str) -> None:
         if self._link.state is not LinkState.OPEN or self._orphan is not None:
             return  # nobody to say it to
+        if self._pool is not None:
+            self._pool.freeze()
         self._link.bye(reason)
         self._flush()
         self._acknowledged.clear()

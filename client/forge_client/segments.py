@@ -132,6 +132,7 @@ class Pool:
         # Handles may be collected at any moment, within this lock too: what they give back is laid here first.
         self._given_back: deque[_Segment] = deque()
         self._full_until = 0.0
+        self._frozen = False
         self.bytes = 0
         self.refused = 0
         self._anchor = _open_anchor(directory, terms.prefix)
@@ -162,12 +163,18 @@ class Pool:
         places = [Place(segment.name, segment.generation, *at) for at in zip(starts, sizes, strict=True)]
         return [payload[0], *(handle(place, lease) for place in places)]
 
+    def freeze(self) -> None:
+        """Share no more. What is there stays for who was sent it, until the broker removes it; what came into being after our
+        goodbye, as when a thread ends late, nobody would."""
+        with self._lock:
+            self._frozen = True
+
     def close(self) -> None:
         """Remove all files: nobody is left to be sent what is in them. In the child of a fork they are the parent's."""
         if self._pid != os.getpid():
             return
         with self._lock:
-            self._terms = self._terms._replace(most=0)
+            self._frozen = True
             for segment in self._segments:
                 segment.discard()
             self._segments.clear()
@@ -180,6 +187,8 @@ class Pool:
     def _take(self, size: int) -> _Segment | None:
         """A segment of just this size, locked; None when there is no room."""
         with self._lock:
+            if self._frozen:
+                return None
             now = self._clock()
             while self._given_back:
                 segment = self._given_back.popleft()

@@ -22,13 +22,14 @@ Part = tuple[int, Payload, bool]
 class Claim:
     """One attempt of a request, as the ranks of one replica tell of it."""
 
-    __slots__ = ("attempt", "batch", "parts", "replica", "reserved", "running")
+    __slots__ = ("attempt", "batch", "parts", "replica", "reserved", "running", "told")
 
     def __init__(self, replica: Replica, attempt: int) -> None:
         self.replica = replica
         self.attempt = attempt
         self.running: dict[int, Worker] = {}  # by rank
         self.parts: dict[int, Part] = {}  # of ranks that have ended it
+        self.told: dict[int, Worker] = {}  # whose words these are; some may be gone since
         self.batch: Batch | None = None  # that it runs in; `open` counts those with room reserved
         self.reserved = False  # its room is taken already
 

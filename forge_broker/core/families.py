@@ -145,6 +145,14 @@ def _of_calls(state: State) -> Iterator[Family]:
         OF_ENDPOINT,
         bounds=SIZES,
     )
+    yield Family(
+        "forge_batch_wait_seconds_total",
+        "counter",
+        "Seconds that the first calls of batches have waited, all together.",
+        [((service.name, one.name), (stats.waited_s,)) for service, one, stats in batching],
+        OF_ENDPOINT,
+        OF_ENDPOINT,
+    )
 
 
 def _of_services(state: State) -> Iterator[Family]:

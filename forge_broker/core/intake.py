@@ -163,9 +163,8 @@ class Intake:
                 self._replies.ended(request, replica, status, payload, trusted)
             else:
                 self._answers.answer(request, status, payload, trusted)
-            for worker in replica.ranks:
-                if worker is not None:  # it keeps this until the client has it
-                    worker.unsettled.append((worker.channel.received, request, 0))
+            for worker in claim.told.values():  # it keeps this until the client has it; or we keep what it has left
+                worker.unsettled.append((worker.channel.received, request, 0))
         elif claim.reserved and all(rank in claim.parts or rank in claim.running for rank in wanted):
             request.holder = replica
             request.batch = claim.batch

@@ -1,7 +1,8 @@
 """What peers leave in shared memory (PROTOCOL.md §9.1), and when it may be removed. The shell removes it.
 
 A client's segments hold arguments of calls that nobody waits for any more: they go at once. A worker's hold results that were
-answered with and may not have been read: they stay until their clients have acknowledged the envelopes these came in.
+answered with and may not have been read: they stay until their clients have acknowledged the envelopes these came in. In a recovery
+window, and for a client that is late for it, nobody has been answered yet.
 """
 
 from __future__ import annotations
@@ -42,8 +43,15 @@ class Leftovers:
             return
         worker, since = state.unread[name]
         worker.settle()
-        if worker.unsettled and not (state.terminating and now - since >= LAST_LOOK_S):
+        unread = worker.unsettled or self._is_quoted(worker)
+        if unread and not (state.terminating and now - since >= LAST_LOOK_S):
             state.deadlines.add(now + LOOK_AGAIN_S, Kind.UNREAD, name)
             return
         del state.unread[name]
         state.actions.append(Unlink(name))
+
+    def _is_quoted(self, worker: Worker) -> bool:
+        """Whether a result that it told us after our predecessor's death has not been asked for yet."""
+        state = self._state
+        claims = state.claims if state.window is None else state.window.claims
+        return any(worker in claim.told.values() for claim in claims.values())

@@ -224,6 +224,7 @@ class Rebuild:
                 continue
             claim.running.pop(worker.rank, None)
             claim.parts[worker.rank] = (status, payload, worker.trusted)
+            claim.told[worker.rank] = worker
 
     def lay_aside(self, client: Client, message: Message, payloads: Payloads, now: float) -> None:
         """Something a client wants; more than can be kept is refused. Raises ProtocolError."""

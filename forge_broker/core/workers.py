@@ -139,7 +139,8 @@ class Worker(Link):
                 client = owed.client
                 if owed.id in client.calls and not client.gone:
                     break
-                unsettled[0] = (number, client, client.channel.sent + 1)
+                # In the envelope that is being filled, or one before it: to a client that is quiet there may be no other.
+                unsettled[0] = (number, client, client.channel.sent + (1 if client.outbox else 0))
                 continue
             if envelope > owed.channel.acked and not owed.gone:
                 break

@@ -273,7 +273,9 @@ async def test_too_large_arguments_never_travel(tmp_path: Path, size: int) -> No
         served.broker.welcome["max_payload_bytes"] = 1000
         async with connect(served.address):
             service = await Gen.as_service()
-            with pytest.raises(PayloadTooLarge, match=r"arguments of Gen-1\.predict takes .* max_payload_bytes=1000"):
+            with pytest.raises(
+                PayloadTooLarge, match=r"arguments of Gen-1\.predict would take .* max_payload_bytes=1000"
+            ):
                 service.predict.route(b"x" * size)
 
 

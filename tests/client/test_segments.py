@@ -275,6 +275,16 @@ def test_closing_removes_all_files_and_leaves_views_alone(pool: Pool, tmp_path: 
     assert pool.share(after) is after
 
 
+def test_after_the_goodbye_nothing_is_shared_and_what_was_stays(pool: Pool, tmp_path: Path) -> None:
+    """A thread may end later than its worker took leave; who would remove what it makes?"""
+    payload = shared(pool, b"1" * MIB)
+    pool.freeze()
+    after: list[Any] = [b"document", bytes(MIB)]
+    assert pool.share(after) is after
+    assert bytes(read(payload, tmp_path)[0]) == b"1" * MIB
+    assert len(files(tmp_path)) == 1
+
+
 def test_a_file_that_the_broker_removes_at_the_same_moment_is_no_error_at_closing(
     pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from forge_contract.framing import encode
 from forge_contract.messages import BYE, CALLS, HELLO, OK, REFUSE, REPLIES, WHO
 from forge_contract.segments import Handle, Place, Terms, handle
 from tests.core.peers import INCARNATION, TRUSTED, UNTRUSTED, Bench, ClientPeer, WorkerPeer
+from tests.core.test_rebuild import ENDPOINT, client_back, end_window, id_of, worker_back
 from tests.core.test_suspects import revived
 
 DOCUMENT = b"document"
@@ -36,9 +37,9 @@ def a_handle(size: int = 40_000) -> Handle:
     return handle(Place("forge-0123456789abcdef-c-0123456789abcdef-1", 1, 64, size), None)
 
 
-def call(client: ClientPeer, endpoint: int, *frames: bytes) -> int:
+def call(client: ClientPeer, endpoint: int, *frames: bytes, **columns: Any) -> int:
     client.sequence += 1
-    client.say([CALLS, endpoint, [client.sequence], [-len(frames)], {}], large=frames)
+    client.say([CALLS, endpoint, [client.sequence], [-len(frames)], columns], large=frames)
     return client.sequence
 
 
@@ -149,6 +150,36 @@ def test_a_workers_segments_stay_until_its_replies_have_reached_their_clients() 
     here.advance(1.0)
     assert here.of(Unlink) == [Unlink(worker.name)]
     assert here.state.unread == {}
+
+
+def test_the_segments_of_a_rank_go_though_its_client_is_sent_nothing_more() -> None:
+    """Whoever is not the last rank to reply owes a call, and not yet an envelope: that one has gone by the time it is asked for."""
+    here, client, (zero, one), endpoint = bench().serving(1, procs=2)
+    call(client, endpoint, DOCUMENT, a_handle())
+    reply(zero, DOCUMENT, a_handle())
+    reply(one, DOCUMENT, a_handle())
+    acknowledge(client)
+    zero.die()
+    here.advance(1.0)
+    assert Unlink(zero.name) in here.of(Unlink)
+    assert here.state.unread == {}
+
+
+def test_results_that_a_worker_told_a_new_broker_stay_until_their_client_has_them_though_it_dies_meanwhile() -> None:
+    """F10: in the window nobody is answered yet."""
+    here = bench(recovering=True)
+    worker = worker_back(here, 0, running=[], replies=True)
+    client = client_back(here)
+    worker.say([REPLIES, 3, [id_of(1)], 1, OK, [-2]], large=(DOCUMENT, kept := a_handle()))
+    call(client, ENDPOINT, DOCUMENT, a_handle(), again=True)
+    here.handle_gone(worker)
+    end_window(here)
+    assert here.of(Unlink) == []
+    assert worker.name in here.of(Sweep)[-1].living
+    assert [bytes(frame) for frame in client.results[1][1]] == [DOCUMENT, kept]
+    acknowledge(client)
+    here.advance(1.0)
+    assert here.of(Unlink) == [Unlink(worker.name)]
 
 
 def test_the_segments_of_a_worker_that_owes_nothing_go_at_once() -> None:

@@ -231,7 +231,7 @@ def test_late_replies_dead_letters_and_what_the_protocol_counts_are_told() -> No
     assert outcomes(bench) == {"poisoned": 1}
 
 
-def test_batches_are_told_by_reason_and_size() -> None:
+def test_batches_are_told_by_reason_size_and_how_long_they_waited() -> None:
     """B3, X3."""
     bench, client, _, endpoint = Bench().serving(1, endpoint_options={"batch_size": 4, "batch_timeout": 0.01})
     client.call(endpoint, *[b"x"] * 7)
@@ -244,6 +244,8 @@ def test_batches_are_told_by_reason_and_size() -> None:
     assert sizes[-2:] == (2, 7)
     assert sizes[SIZES.index(2.0)] == 0
     assert sizes[SIZES.index(4.0)] == 2
+    (waited_s,) = samples(bench, "forge_batch_wait_seconds_total").values()  # the full one not at all
+    assert waited_s == pytest.approx(0.01)
     assert samples(bench, "forge_in_flight") == {("Echo",): 2}  # a batch takes one unit of room
 
 

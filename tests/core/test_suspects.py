@@ -247,3 +247,27 @@ def test_calls_that_end_in_time_leave_nothing_to_look_at() -> None:
     assert not bench.of(Kill)
     bench.advance(1.0)
     assert bench.of(Kill)
+
+
+def test_a_suspect_stays_alone_when_the_next_ones_session_lives_elsewhere() -> None:
+    """F4: the replica that is kept for it is given up for the other's when it has ended, not before."""
+    bench, client, (worker,), endpoint = Bench().serving(1)
+    client.ask("open_session", service=bench.service().id, session="s", hints={})
+    client.call(endpoint, b"first")
+    client.call(endpoint, b"second", session="s")
+    worker.die()
+    (worker,) = revived(bench)
+    assert sorted(worker.seen) == [b"first", b"second"]
+    worker.die()
+    client.ask("scale", service="Echo", replicas=2, wait=False)
+    one, two = revived(bench)
+    service = bench.service()
+    service.pin("s", next(replica for replica in service.replicas.values() if replica is not service.cell))
+    client.call(endpoint, b"other")
+    two.reply()  # room is looked for anew
+    client.call(endpoint, b"another", b"and another")
+    assert (one.seen, two.seen) == ([b"first"], [b"other", b"another", b"and another"])
+    one.reply()
+    assert two.seen[3:] == []  # now that one is kept free
+    two.reply()
+    assert two.seen[3:] == [b"second"]

@@ -11,12 +11,15 @@ import msgpack
 
 from forge_client.link import ClientLink, Declared
 from forge_client.outgoing import Extras
+from forge_client.segments import Pool
 from forge_contract.config import EndpointOptions, ServiceConfig
-from forge_contract.errors import ForgeError, OutcomeUnknown
+from forge_contract.errors import ForgeError, OutcomeUnknown, SegmentLost
 from forge_contract.framing import Payload, encode
 from forge_contract.messages import FAILED, HEARTBEAT, OK, RETURNED, UNTOUCHED
 from forge_contract.peer_link import LinkState, PeerLink
+from forge_contract.segments import Terms
 from forge_worker.link import Assign, Drop, Forget, Import, Recall, Replay, Run, Stop, Welcomed, WorkerLink
+from tests.face_to_face.memory import large
 from tests.face_to_face.network import Connection
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Peer:
         self._held: list[list[Any]] = []
         self._wake_at: float | None = None
         self.pid = world.next_pid()
+        self.pool: Pool | None = None  # where it shares memory
         self.connection = Connection(world, self)
         world.routes[self.connection.routing_id] = self.connection
 
@@ -49,7 +53,29 @@ class Peer:
         return self.alive and (self.paused or self.connection.hindered(self.world.clock.now))
 
     def identity(self) -> dict[str, Any]:
-        return {"host": self.host, "hostname": self.host, "pid": self.pid, "pid_namespace": 1, "started": self.pid}
+        memory = self.world.memory
+        sees = {"shared_memory": memory.segments.id} if memory is not None and self.host == HERE else {}
+        return {
+            "host": self.host,
+            "hostname": self.host,
+            "pid": self.pid,
+            "pid_namespace": 1,
+            "started": self.pid,
+            **sees,
+        }
+
+    def join_memory(self, terms: Terms | None) -> None:
+        """It was welcomed, on these terms."""
+        if self.pool is None and terms is not None and self.world.memory is not None:
+            self.pool = self.world.memory.pool(self.link.name, terms, lambda: self.world.clock.now)
+
+    def outcome(self, status: int, payload: Any) -> tuple[int, bytes]:
+        """This status and what the payload stands for; FAILED and the error, where that is gone."""
+        memory = self.world.memory
+        try:
+            return status, bytes(payload) if memory is None else memory.read(payload)
+        except SegmentLost as error:
+            return FAILED, msgpack.packb(error.to_wire())
 
     def receive(self, frames: list[Any]) -> None:
         if not self.alive:
@@ -244,26 +270,35 @@ class SimClient(Peer):
         priority: int = 0,
         rank: int | None = None,
         hints: dict[str, Any] | None = None,
+        buffered: bool = False,
+        shape: int = 0,
+        key: str | None = None,
+        weight: float | None = None,
     ) -> Reply:
+        """`buffered`: the payload is a large value. Shape, key and weight are what a batch goes by."""
         reply = Reply()
         deadline = None if timeout is None else self.world.clock.now + timeout
         order = service["service"] if service["kind"] == "actor" else None
-        extras = Extras(deadline, priority, hints, rank)
+        extras = Extras(deadline, priority, hints, rank, key, weight)
         reply.sequence = self.link.submit(
             service["endpoints"][endpoint],
-            payload,
+            large(payload, self.pool) if buffered else payload,
             reply,
             None if extras == Extras() else extras,
             order,
-            session=session,
+            shape,
+            session,
         )
         if flush:
             self.flush()
         return reply
 
-    def fanout(self, service: dict[str, Any], endpoint: str = "echo", payload: bytes = b"x") -> Reply:
+    def fanout(
+        self, service: dict[str, Any], endpoint: str = "echo", payload: bytes = b"x", *, buffered: bool = False
+    ) -> Reply:
         reply = Reply()
-        reply.sequence = self.link.fanout(service["endpoints"][endpoint], payload, reply)
+        sent = large(payload, self.pool) if buffered else payload
+        reply.sequence = self.link.fanout(service["endpoints"][endpoint], sent, reply)
         if service["options"][endpoint]["replay_last"]:
             reply.replay = service["endpoints"][endpoint], payload
         self.flush()
@@ -272,7 +307,7 @@ class SimClient(Peer):
     # Listener.
 
     def welcomed(self, fields: dict[str, Any]) -> None:
-        pass
+        self.join_memory(self.link.segments)
 
     def refused(self, error: ForgeError) -> None:
         self.refusal = error
@@ -295,7 +330,7 @@ class SimClient(Peer):
     def results(self, trusted: bool, waiters: list[Any], statuses: list[int], payloads: list[Any]) -> None:
         for waiter, status, payload in zip(waiters, statuses, payloads, strict=True):
             if waiter is not None:
-                waiter.take(status, payload, trusted)
+                waiter.take(*self.outcome(status, payload), trusted)
 
     def parts(
         self, trusted: bool, waiter: Any, points: list[list[int]], statuses: list[int], payloads: list[Any]
@@ -306,7 +341,7 @@ class SimClient(Peer):
                 endpoint, arguments = waiter.replay
                 self.replays.pop(endpoint, None)
                 self.replays[endpoint] = arguments
-            waiter.take(None, list(zip(statuses, payloads, strict=True)), trusted)
+            waiter.take(None, list(map(self.outcome, statuses, payloads)), trusted)
 
     def answer(self, waiter: Any, ok: bool, fields: dict[str, Any], payload: Any) -> None:
         assert not waiter.done, "a control was answered twice"
@@ -377,8 +412,9 @@ class SimWorker(Peer):
             elif isinstance(instruction, Forget):
                 for session in instruction.sessions:
                     self.counts.pop(session, None)
-            elif isinstance(instruction, Welcomed) and instruction.recovering:
-                for session, count in self.counts.items():
+            elif isinstance(instruction, Welcomed):
+                self.join_memory(self.link.segments)
+                for session, count in self.counts.items() if instruction.recovering else ():
                     self.link.states(session, b"%d" % count)
             elif isinstance(instruction, Stop):
                 self._stop(instruction)
@@ -400,7 +436,7 @@ class SimWorker(Peer):
 
     def _run(self, run: Run) -> None:
         for request, attempt, payload, session in zip(run.ids, run.attempts, run.payloads, run.sessions, strict=True):
-            start = partial(self._start, request, attempt, run.method, bytes(payload), session)
+            start = partial(self._start, request, attempt, run.method, payload, session)
             if session is None or not self.assignment.checkpoint_every:
                 start()
             elif session in self._queues:
@@ -409,19 +445,32 @@ class SimWorker(Peer):
                 self._queues[session] = deque()
                 start()
 
-    def _start(self, request: int, attempt: int, method: int, payload: bytes, session: str | None) -> None:
+    def _start(self, request: int, attempt: int, method: int, arguments: Any, session: str | None) -> None:
         if self.running >= self.assignment.concurrency:
-            self._waiting.append(partial(self._start, request, attempt, method, payload, session))
+            self._waiting.append(partial(self._start, request, attempt, method, arguments, session))
             return
         self.running += 1
+        status, payload = self.outcome(OK, arguments)
+        if status != OK:
+            self._later(0.0, partial(self._finish, request, attempt, b"", status, payload, session, False))
+            return
         self.started.append((request, attempt, payload, session))
         self.world.history.append((self.link.name, request, attempt))
         seconds, status, result = self.world.actor(self, method, payload)
-        self._later(seconds, partial(self._finish, request, attempt, payload, status, result, session))
+        buffered = isinstance(arguments, list)
+        self._later(seconds, partial(self._finish, request, attempt, payload, status, result, session, buffered))
 
     def _finish(
-        self, request: int, attempt: int, arguments: bytes, status: int, payload: bytes, session: str | None
+        self,
+        request: int,
+        attempt: int,
+        arguments: bytes,
+        status: int,
+        payload: bytes,
+        session: str | None,
+        buffered: bool,
     ) -> None:
+        """`buffered`: what comes of it is as large as what it was called with."""
         self.running -= 1
         if self._waiting:
             self._waiting.popleft()()
@@ -433,7 +482,7 @@ class SimWorker(Peer):
             payload = b"%d" % self.counts[session]
             self.link.states(session, payload)
         if self.link.running.get(request) == attempt:
-            self.link.reply(request, attempt, status, payload)
+            self.link.reply(request, attempt, status, large(payload, self.pool) if buffered else payload)
             self.flush()
         if queue:
             queue.popleft()()
@@ -477,6 +526,8 @@ class SimWorker(Peer):
         self.world.clock.at(self.world.clock.now + seconds, then)
 
     def _leave(self, reason: str) -> None:
+        if self.pool is not None:
+            self.pool.freeze()
         self.link.bye(reason)
         self.flush()
         self.world.clock.at(self.world.clock.now + 0.05, self.die)

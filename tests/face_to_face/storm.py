@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import random
 import sys
 import time
 from collections import Counter
 from functools import partial
-from typing import Final
+from typing import Any, Final
+
+import msgpack
 
 from forge_contract.config import AutoscalingConfig
 from forge_contract.messages import FAILED, OK
+from tests.face_to_face.memory import SHARED_FROM, Memory
 from tests.face_to_face.parties import Peer, Reply, SimClient, SimWorker
 from tests.face_to_face.world import World
 
@@ -29,6 +33,9 @@ BOUND_S: Final = 300.0  # virtual, after the last fault: restarts wait ever long
 REPLICAS: Final = 3
 SETTLED_S: Final = 10.0  # virtual: who has heard nothing for 5 s asks, and learns that it was given up
 SESSIONS: Final = "ab"
+SHARE_OF_LARGE: Final = (
+    0.4  # of the calls: their arguments and results lie in shared memory, between peers that have it
+)
 POISON: Final = b"poison"
 ENDPOINTS: Final = {
     "echo": {},
@@ -36,6 +43,16 @@ ENDPOINTS: Final = {
     "slow": {"hang_timeout_s": 1.0},
     "load": {"replay_last": True},
     "batch": {"batch_size": 4, "batch_timeout": 0.1},
+    "together": {
+        "batch_size": 3,
+        "batch_timeout": 0.1,
+        "batch_mode": "call",
+        "batch_key": "key",
+        "batch_weight": "weight",
+        "batch_max_weight": 5.0,
+        "batch_eager": True,
+        "batch_sessions": True,
+    },
 }
 # Replicas come and go with every few calls.
 SCALING: Final = AutoscalingConfig(
@@ -54,9 +71,26 @@ EXPECTED: Final = {
     "pay": {"OutcomeUnknown"},
     "slow": {"PoisonedRequest"},
     "batch": {"PoisonedRequest"},
+    "together": {"PoisonedRequest"},
     "timed": {"CallTimeout", "PoisonedRequest"},
     "mesh": {"PoisonedRequest", "OutcomeUnknown"},
 }
+KINDS: Final = (
+    "echo",
+    "session",
+    "session",
+    "fanout",
+    "mesh",
+    "timed",
+    "priority",
+    "pay",
+    "slow",
+    "mortal",
+    "batch",
+    "burst",
+    "sessions",
+    "together",
+)
 
 
 class Lost(AssertionError):
@@ -76,8 +110,12 @@ class Call:
 class Storm:
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.world = world = World(seed, recovery_s=2.0, drain_grace_s=3.0)
+        self.memory = Memory()
+        self.world = world = World(
+            seed, memory=self.memory, recovery_s=2.0, drain_grace_s=3.0, shared_memory_from=SHARED_FROM
+        )
         self.random = world.random
+        self.sizes = random.Random(seed)  # of its own: what is large changes nothing of what happens when
         world.duplicates = self.random.choice([0.0, 0.02])
         world.actor = self._act
         self.near, self.far, self.mortal = world.client(), world.client(host="another-host"), world.client()
@@ -119,32 +157,9 @@ class Storm:
     # The callers.
 
     def call(self, n: int) -> None:
-        kind = self.random.choice(
-            [
-                "echo",
-                "session",
-                "session",
-                "fanout",
-                "mesh",
-                "timed",
-                "priority",
-                "pay",
-                "slow",
-                "mortal",
-                "batch",
-                "burst",
-                "sessions",
-            ]
-        )
-        if kind in ("batch", "burst", "sessions"):
-            # Some go together: as one batch, or held as one.
-            name = "batch" if kind == "batch" else "echo"
-            for at in range(self.random.randrange(1, 12 if kind == "burst" else 6)):
-                one = b"%d.%d" % (n, at)
-                sid = self.random.choice(SESSIONS) if kind == "sessions" else None
-                reply = self.near.call(self.service, name, payload=one, flush=False, session=sid)
-                self.calls.append(Call(name, self.near, reply, one, sid))
-            self.near.flush()
+        kind = self.random.choice(KINDS)
+        if kind in ("batch", "burst", "sessions", "together"):
+            self._call_together(n, kind)
             return
         payload = str(n).encode()
         if kind == "slow":
@@ -152,15 +167,16 @@ class Storm:
         elif kind == "echo" and self.random.random() < 0.05:
             payload += POISON
             self.world.faults["poison"] += 1
-        client, session = self.near, None
-        near = partial(self.near.call, self.service, payload=payload)
+        client, session, buffered = self.near, None, self._is_large()
+        near = partial(self.near.call, self.service, payload=payload, buffered=buffered)
         if kind == "session":
             session = self.random.choice(SESSIONS)
             reply = near(session=session)
         elif kind == "fanout":
-            reply = self.near.fanout(self.service, self.random.choice(["echo", "load"]), payload)
+            name = self.random.choice(["echo", "load"])  # arguments that are replayed are not shared
+            reply = self.near.fanout(self.service, name, payload, buffered=buffered and name == "echo")
         elif kind == "mesh":
-            client, reply = self.far, self.far.call(self.mesh, payload=payload)
+            client, reply = self.far, self.far.call(self.mesh, payload=payload, buffered=buffered)
         elif kind == "timed":
             reply = near(timeout=self.random.random() * 2)
         elif kind == "priority":
@@ -168,10 +184,33 @@ class Storm:
         elif kind in ("pay", "slow"):
             reply = near(kind)
         elif kind == "mortal" and self.mortal.alive:
-            client, reply = self.mortal, self.mortal.call(self.service, payload=payload)
+            client, reply = self.mortal, self.mortal.call(self.service, payload=payload, buffered=buffered)
         else:
             reply = near()
         self.calls.append(Call(kind, client, reply, payload, session))
+
+    def _call_together(self, n: int, kind: str) -> None:
+        """Several calls in one turn: as batches, or held as one."""
+        for at in range(self.random.randrange(1, 12 if kind == "burst" else 6)):
+            name, sid = "batch" if kind == "batch" else "echo", None
+            said: dict[str, Any] = {}
+            if kind == "sessions" or (kind == "together" and self.random.random() < 0.3):
+                sid = self.random.choice(SESSIONS)
+            if kind == "together":
+                name = "together"
+                said["shape"] = self.random.randrange(1, 3)
+                said["key"] = self.random.choice([None, "a"])
+                said["weight"] = self.random.choice([1.0, 2.0, 9.0])
+            payload = b"%d.%d" % (n, at)
+            large = self._is_large()
+            reply = self.near.call(
+                self.service, name, payload=payload, flush=False, session=sid, buffered=large, **said
+            )
+            self.calls.append(Call(name, self.near, reply, payload, sid))
+        self.near.flush()
+
+    def _is_large(self) -> bool:
+        return self.sizes.random() < SHARE_OF_LARGE
 
     # The faults.
 
@@ -267,6 +306,8 @@ class Storm:
             self._judge()
         except AssertionError as error:
             raise Lost(f"storm {self.seed}: {error}") from error
+        finally:
+            self.memory.close()
         return self
 
     def _all_answered(self) -> bool:
@@ -276,6 +317,15 @@ class Storm:
 
     def _gave_up(self, call: Call) -> bool:
         return call.reply in call.client.lost_waiters and self._was_lost(call.client)
+
+    def _explains(self, error: str | None, client: SimClient) -> bool:
+        """Whether this client was away for so long that its call may end like this. It loses what it started (`mortal` what `near`
+        did), and an answer that waited for it loses its segment, if worker and broker died meanwhile."""
+        if error == "SegmentLost":
+            return client in self.dozed and self.world.faults["broker killed"] > 0
+        return error in ("ServiceStopped", "UnknownService") and self._was_lost(
+            self.far if client is self.far else self.near
+        )
 
     def _was_lost(self, client: SimClient) -> bool:
         """Whether a broker gave it up, and with it all it had started. Only of one that was stopped or whose broker died."""
@@ -307,6 +357,7 @@ class Storm:
         # The recovery window waits for who announced replies, but not as long as a deaf connection or a stopped process can last.
         assert not twice or self.world.unheard, f"run twice by one worker, which no death explains: {twice}"
         self._judge_order()
+        self._judge_memory()
         counts: Counter[str] = Counter()
         poisoned: set[str] = set()
         for call in self.calls:
@@ -318,7 +369,7 @@ class Storm:
             if call.session is not None:
                 counts[call.session] += 1
                 wanted = b"%d" % counts[call.session]
-                if reply.error in ("ServiceStopped", "UnknownService") and self._was_lost(self.near):
+                if self._explains(reply.error, self.near):
                     continue
                 if reply.error == "PoisonedRequest":
                     poisoned.add(
@@ -334,20 +385,33 @@ class Storm:
                     )
             elif call.kind != "fanout" and reply.status == FAILED:
                 allowed = EXPECTED.get(call.kind, EXPECTED["echo"])
-                # A client that is away for too long loses what it started.
-                ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_lost(
-                    self.far if call.kind == "mesh" else self.near
-                )
+                ended = self._explains(reply.error, call.client)
                 assert reply.error in allowed or ended, f"{call.kind} {call.payload!r} failed with {reply.error}"
+            elif call.kind != "fanout":
+                assert bytes(reply.payload) == call.payload, f"{call.payload!r} was answered {reply.payload!r}"
+            elif reply.status != FAILED and not self._was_lost(self.near):
+                values = [bytes(value) for status, value in reply.payload if status == OK]
+                assert values == [call.payload] * len(values), f"{call.payload!r} was answered {values}"
+                errors = [msgpack.unpackb(error)[0] for status, error in reply.payload if status == FAILED]
+                assert "SegmentLost" not in errors, f"fan-out {call.payload!r} failed with {errors}"
             if call.kind == "pay":
                 assert self.executed[call.payload] <= 1, f"at most once, and ran {self.executed[call.payload]} times"
             if call.payload.endswith(POISON):
-                ended = reply.error in ("ServiceStopped", "UnknownService") and self._was_lost(self.near)
+                ended = self._explains(reply.error, self.near)
                 assert reply.error == "PoisonedRequest" or ended, f"poison ended with {reply.status}, {reply.error}"
                 # A death that the broker chose (a drain, a stopped process) convicts nobody, though poison was its cause.
                 chosen = ("broker killed", "drained worker", "drain, restart or scale", "paused", "half_open")
                 often = self.executed[call.payload] > 3 and not any(self.world.faults[one] for one in chosen)
                 assert not often, f"poison ran {self.executed[call.payload]} times"
+
+    def _judge_memory(self) -> None:
+        """The dead have left nothing, but those that the last broker never met: what is theirs goes with it. That every large value was
+        there to be read, and unspoilt, is judged as any other answer is."""
+        notes = self.world.notes
+        starts = [at for at, note in enumerate(notes) if note.event == "recovering"]
+        met = {note.fields["peer"] for note in notes[starts[-1] if starts else 0 :] if note.event == "hello"}
+        left = self.memory.left_by(name for name in met if not self.world.peers[name].alive)
+        assert not left, f"segments of the dead are left: {left}"
 
     def _judge_order(self) -> None:
         """A worker starts a session's calls in the order sent (A6). Not of those that ran more than once: when a reply has died with its

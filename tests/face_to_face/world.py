@@ -19,12 +19,26 @@ from functools import partial
 from typing import Any
 
 from forge_broker.core import invariants
-from forge_broker.core.actions import Action, Deliver, Exit, Kill, KillPeer, Launch, Look, Note, Send, Watch
+from forge_broker.core.actions import (
+    Action,
+    Deliver,
+    Exit,
+    Kill,
+    KillPeer,
+    Launch,
+    Look,
+    Note,
+    Send,
+    Sweep,
+    Unlink,
+    Watch,
+)
 from forge_broker.core.broker import Broker
 from forge_broker.core.events import Event, LaunchEnded, ProcessGone, Received, Stopped, Terminate, Unroutable, Watched
 from forge_broker.core.state import State
 from forge_contract.config import BrokerConfig
 from forge_contract.messages import FAILED, OK, RAISED
+from tests.face_to_face.memory import Memory
 from tests.face_to_face.network import Clock, Connection
 from tests.face_to_face.parties import HERE, Peer, Reply, SimClient, SimWorker
 
@@ -32,14 +46,23 @@ ADDRESS = 0  # the one address of the simulated broker, trusted
 
 
 class World:
-    """One broker and everything around it. `delay`: seconds an envelope travels."""
+    """One broker and everything around it. `delay_s`: seconds an envelope travels. `memory`: what peers of the broker's host share."""
 
-    def __init__(self, seed: int = 0, *, delay_s: float = 0.001, watch: bool = True, **config: Any) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        delay_s: float = 0.001,
+        watch: bool = True,
+        memory: Memory | None = None,
+        **config: Any,
+    ) -> None:
         self.random = random.Random(seed)
         self.clock = Clock()
         self.config = BrokerConfig(**config)
         self.delay_s = delay_s
         self.watch = watch  # processes of this host are held by pidfds
+        self.memory = memory
         self.load_s = 0.1
         self.load_failure: bytes | None = None
         self.launch_s = 0.05
@@ -81,6 +104,7 @@ class World:
                 random=random.Random(self._seed + self._incarnation),
                 unpickle=lambda code: None,
                 now=self.clock.now,
+                segments=None if self.memory is None else self.memory.segments,
                 recovering=recovering,
             )
         )
@@ -204,6 +228,10 @@ class World:
                 peer = self.peers.get(action.name)
                 if peer is not None and peer.alive and peer.stopped:
                     self._carry_out(self.broker.handle(Stopped(action.name), self.clock.now))
+            elif isinstance(action, Unlink) and self.memory is not None:
+                self.memory.segments.unlink(action.owner)
+            elif isinstance(action, Sweep) and self.memory is not None:
+                self.memory.segments.sweep(action.living)
             elif isinstance(action, Exit):
                 self.exited = True
 

@@ -301,7 +301,7 @@ async def test_who_connects_while_nobody_listens_behind_the_proxy_is_sent_away()
 
 
 def chaos(path: Path, *options: str) -> dict[str, Any]:
-    """The figures of a run of `bench/chaos.py`. Fails with all it printed unless nothing was found."""
+    """The figures of a run of `bench/chaos.py`, in batches and with shared memory. Fails with all it printed unless nothing was found."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "chaos.py"), "--json", str(path), *options],
         cwd=ROOT,
@@ -313,6 +313,8 @@ def chaos(path: Path, *options: str) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stdout
     figures: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    assert figures["batched"] > figures["batches"] > 0
+    assert figures["shared_bytes"] > 0
     return figures
 
 

@@ -324,7 +324,7 @@ async def test_the_files_of_a_killed_client_go() -> None:
 
 
 async def test_a_segment_that_vanished_fails_its_call_and_nothing_else() -> None:
-    """Issue's bad input: somebody cleared /dev/shm between the call and its reading."""
+    """Somebody cleared /dev/shm between the call and its reading."""
     service = await Arrays.options(num_replicas=1, replica_max_concurrent_requests=1).as_service()
     running = service.slowly.options(timeout=1.0).route(1)
     waiting = service.echo.route(np.ones(MIB, "f4"))
@@ -340,6 +340,23 @@ async def test_a_segment_that_vanished_fails_its_call_and_nothing_else() -> None
     with pytest.raises(SegmentLost, match="/dev/shm"):
         await waiting
     assert (await service.echo.route(np.full(MIB, 2, "f4")) == 2).all()
+
+
+async def test_a_result_whose_segment_vanished_fails_its_call_and_nothing_else() -> None:
+    """Cleared between the answer and its reading, which this loop is kept from meanwhile."""
+    service = await Arrays.as_service()
+    terms = (await current_client()).link.segments
+    assert terms is not None
+    call = service.made.route(MIB)
+    await asyncio.sleep(0)  # the end of the turn, in which it is sent
+    deadline = time.monotonic() + 10.0
+    while not (answers := under(f"{terms.prefix}-w-")):
+        assert time.monotonic() < deadline, "no segment"
+    for name in answers:
+        (SHM / name).unlink()
+    with pytest.raises(SegmentLost, match="/dev/shm"):
+        await call
+    assert (await service.made.route(MIB)).sum() > 0
 
 
 async def test_weights_that_are_replayed_do_not_depend_on_a_segment() -> None:

@@ -174,7 +174,7 @@ async def test_an_item_of_another_call_shape_is_refused_alone() -> None:
         ({1: 1, 2: 2, 3: 3}, "a dict"),
         ("abc", "a str"),
         (None, "a NoneType"),
-        (np.zeros(3), "a ndarray"),
+        (np.zeros((3, 2)), 'an array of shape (3, 2) (collate="stack" takes one array for all of them, and splits'),
     ],
 )
 async def test_anything_but_a_list_of_that_length_is_an_error_for_all(result: Any, got: str) -> None:
@@ -363,9 +363,22 @@ async def test_an_array_that_does_not_fit_on_the_stack_is_refused_alone() -> Non
     worker.dispatch(0, *[(at, (one, at)) for at, one in enumerate([*odd, good, good, good, good], 1)], batches=[7])
     await worker.turn()
     replies = await worker.replies(7)
-    assert all("another shape or dtype" in why(replies[at]) for at in (1, 2, 3))
+    found = ["a numpy array of float32, shape (3,)", "a numpy array of float64, shape (2,)", "no array"]
+    for at, told in enumerate(found, 1):
+        assert f"is {told}, and those of its batch are a numpy array of float32, shape (2,)" in why(replies[at])
     assert all(replies[at][0] == OK for at in (4, 5, 6, 7))
     assert sample.runs[0][1] == [4, 5, 6, 7]
+
+
+async def test_an_array_of_another_length_than_the_stack_is_told_by_its_shape() -> None:
+    """B2"""
+    sample = Sample()
+    sample.result = np.zeros((7, 2))
+    worker = InProcess(sample, ("give", STACK))
+    worker.dispatch(0, *numbered(np.ones(2), np.ones(2)), batches=[2])
+    await worker.turn()
+    replies = await worker.replies(2)
+    assert all("for 2 calls it returned an array of shape (7, 2), not a list of 2" in why(replies[at]) for at in (1, 2))
 
 
 async def test_where_no_array_is_in_the_majority_the_first_decides() -> None:

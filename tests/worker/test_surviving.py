@@ -182,7 +182,7 @@ def test_an_export_that_raises_lets_the_reply_go_without_it(broker: FakeBroker) 
         stderr = process.communicate(timeout=BOUND_S)[1].decode()
     assert "no checkpoint of session 's' of sample" in stderr
     assert "not to be told" in stderr
-    assert "PayloadTooLarge: the state of session 'large' takes" in stderr
+    assert "PayloadTooLarge: the state of session 'large' would take" in stderr
 
 
 def test_every_rank_imports_and_only_rank_0_exports(broker: FakeBroker) -> None:
