@@ -11,7 +11,8 @@ there is something to flush. When a call may start is decided in `_admit` and wh
    wait as they came.
 4. A plain `def` needs a thread of its endpoint: `parked`, in that endpoint. Others pass it: a slow endpoint starves nobody.
 
-An async endpoint has begun when its task takes its first step, a plain one when its thread is about to call it.
+An async endpoint has begun when its first step is over, a plain one when its thread is about to call it; one that may be an `async def`
+behind a decorator when it has ended, or has shown what it is.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class ActorHost:
             )
             for spec, method in zip(assignment.endpoints, methods, strict=True)
         ]
-        self._steps: Steps[Call] = Steps(self._begin, self.returned, self.raised)
+        self._steps: Steps[Call] = Steps(self._begin, self.returned, self.raised, self._begun)
         self._calls: dict[int, Call] = {}
         self._active = 0  # started, those of bursts among them
         self._burst_since = 0.0  # monotonic seconds, 0.0: none is under way
@@ -301,12 +302,12 @@ class ActorHost:
     def _admit(self, call: Call) -> None:
         for key in call.keys:
             before = self._unbegun.get(key)
-            if before is not None and before.begun:  # a thread began it, and could not tell us
+            if before is not None and _has_begun(before):  # a thread began it, and could not tell us
                 self._begun(before)
                 before = self._unbegun.get(key)
             if before is not None:
                 # Tasks begin in the order in which they are made; of threads one never knows.
-                in_order = before.started and before.endpoint.is_async and call.endpoint.is_async
+                in_order = before.started and not before.threaded and before.endpoint.is_async and call.endpoint.is_async
                 if not in_order or key in self._behind:
                     self._behind.setdefault(key, deque()).append(call)
                     call.blocked += 1
@@ -357,12 +358,14 @@ class ActorHost:
         elif call.endpoint.is_async:
             self._steps.put(call)
         else:
+            call.threaded = True
             call.endpoint.threads.run(partial(self._run_plain, call), partial(self._ended_plain, call))
             if not self._behind.keys().isdisjoint(call.keys):
                 self._look_soon()
 
     def _begun(self, call: Call) -> None:
-        """The first line of `call` runs, or never will: the next of each of its keys is free to go."""
+        """The first line of `call` has run, or never will: the next of each of its keys is free to go."""
+        call.begun = True
         for key in call.keys:
             if self._unbegun.get(key) is not call:
                 continue
@@ -392,18 +395,15 @@ class ActorHost:
             before = self._unbegun.get(key)
             if before is None:
                 continue  # begun meanwhile, by another of its keys
-            if before.begun:
+            if _has_begun(before):
                 self._begun(before)
-            elif before.started and not before.endpoint.is_async:
+            elif before.threaded and not before.endpoint.hides:
                 self._look_soon()
 
     # How a call runs and ends.
 
     def _begin(self, call: Call) -> Coroutine[Any, Any, Any] | None:
         """The coroutine of an async endpoint, about to take its first step. None: it has been answered."""
-        call.begun = True
-        if call.keys:
-            self._begun(call)
         if call.dropped:
             if call.coroutine is not None:
                 call.coroutine.close()
@@ -452,6 +452,8 @@ class ActorHost:
 
     def returned(self, call: Call, value: Any) -> None:
         endpoint = call.endpoint
+        if call.keys:
+            self._begun(call)
         status, payload = call.returned(value, self._outcomes)
         if (
             status
@@ -489,7 +491,7 @@ class ActorHost:
             arguments = call.arguments()
         except ForgeError as error:
             return self._outcomes.failed(error)
-        call.begun = True
+        call.begun = not endpoint.hides
         if arguments is None:
             return OK, b""
         args, kwargs = arguments
@@ -499,14 +501,14 @@ class ActorHost:
         return call.returned(value, self._outcomes)
 
     def _ended_plain(self, call: Call, result: Outcome | Coroutine[Any, Any, Any]) -> None:
-        call.begun = True
-        if call.keys:
-            self._begun(call)
+        endpoint = call.endpoint
+        call.threaded = False
         if not inspect.iscoroutine(result):
+            endpoint.hides = False
             self._end(call, *cast(Outcome, result))
             return
+        call.begun = False
         call.coroutine = result
-        endpoint = call.endpoint
         endpoint.found_async()
         self._waiting.extendleft(reversed(endpoint.parked))
         endpoint.parked.clear()
@@ -515,6 +517,8 @@ class ActorHost:
 
     def _end(self, call: Call, status: int, payload: Payload) -> None:
         """A started call has run. Its reply may have to wait for a checkpoint, and keeps its room until then."""
+        if call.keys:
+            self._begun(call)
         if call.session is not None and self._sessions is not None:
             due = self._sessions.ended(call.session)
             if due and status != BROKEN and not self._abandoned:
@@ -644,3 +648,8 @@ class ActorHost:
         except TimeoutError:
             return False
         return True
+
+
+def _has_begun(call: Call) -> bool:
+    """A thread that was to run an endpoint found `async` meanwhile has a coroutine of it, which has yet to begin."""
+    return call.begun and not (call.threaded and call.endpoint.is_async)

@@ -23,7 +23,7 @@ Key = str | int  # calls of one key start in order: their session, or the client
 class Endpoint:
     """A method and what it takes to run it."""
 
-    __slots__ = ("is_async", "method", "name", "parked", "stacks", "takes_lists", "threads")
+    __slots__ = ("hides", "is_async", "method", "name", "parked", "stacks", "takes_lists", "threads")
 
     def __init__(self, name: str, method: Any, spec: EndpointSpec, threads: Threads) -> None:
         self.name = name
@@ -32,6 +32,8 @@ class Endpoint:
         self.stacks = spec.stacks
         self.threads = threads
         self.is_async = inspect.iscoroutinefunction(method)
+        # It may be an `async def` under a decorator: what a call of it returns will tell.
+        self.hides = not self.is_async and inspect.iscoroutinefunction(inspect.unwrap(method))
         self.parked: deque[Call] = deque()
 
     def found_async(self) -> None:
@@ -62,6 +64,7 @@ class Call:
         "session",
         "started",
         "task",
+        "threaded",
         "trusted",
     )
 
@@ -86,6 +89,7 @@ class Call:
         self.batch: Batch | None = None
         self.started = 0.0  # monotonic seconds, 0.0: not started
         self.begun = False  # its first line runs, or has run
+        self.threaded = False  # a thread has it
         self.dropped = False
         self.task: asyncio.Task[None] | None = None  # its own, once it has had to wait
         self.coroutine: Coroutine[Any, Any, Any] | None = None  # what a plain `def` unexpectedly returned

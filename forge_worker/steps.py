@@ -41,7 +41,8 @@ Call = TypeVar("Call", bound=Stepped)
 
 class Steps(Generic[Call]):
     """Runs calls and bursts in the order of `put`. `begin(call)` gives its coroutine, or None when there is nothing to
-    run; then comes `returned(call, value)` or `raised(call, error)`, whatever it raises. A burst tells of its own.
+    run; then comes `returned(call, value)` or `raised(call, error)`, whatever it raises, and before that `waits(call)`, if it has to
+    wait after its first step. A burst tells of its own.
 
     Whoever sets `due` promises to call `serve` in this turn of the loop; else it is called at its end.
     """
@@ -51,6 +52,7 @@ class Steps(Generic[Call]):
         begin: Callable[[Call], Coroutine[Any, Any, Any] | None],
         returned: Callable[[Call, Any], None],
         raised: Callable[[Call, BaseException], None],
+        waits: Callable[[Call], None],
     ) -> None:
         self.due = False
         self._loop = asyncio.get_running_loop()
@@ -59,6 +61,7 @@ class Steps(Generic[Call]):
         self._begin = begin
         self._returned = returned
         self._raised = raised
+        self._waits = waits
         self._ready: deque[Call | Burst] = deque()
         self._shared: Vessel | None = None
 
@@ -94,6 +97,7 @@ class Steps(Generic[Call]):
                     burst.over()
             vessel.call.task = vessel.task
             vessel.keep(waits_for)
+            self._waits(vessel.call)
         self.due = False
 
     async def _run(self, vessel: Vessel) -> None:

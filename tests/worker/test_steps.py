@@ -27,10 +27,11 @@ class Ended:
 
     def __init__(self) -> None:
         self.order: list[int] = []
+        self.waiting: list[Call] = []  # had to wait after their first step
         self.outcome: dict[int, Any] = {}
         self.calls: dict[int, Call] = {}
         self.changed = asyncio.Event()
-        self.steps: Steps[Call] = Steps(lambda call: call.coroutine, self.end, self.end)
+        self.steps: Steps[Call] = Steps(lambda call: call.coroutine, self.end, self.end, self.waiting.append)
 
     def put(self, *coroutines: Coroutine[Any, Any, Any] | None, session: str | None = None) -> None:
         for coroutine in coroutines:
