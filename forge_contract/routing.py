@@ -153,12 +153,13 @@ class RoundRobinRouter(Router):
         self._last = replica.idx
         return replica
 
-    def deal(self, pool: Pool, count: int) -> Iterator[tuple[Any, int]]:
+    def deal(self, pool: Pool, count: int, least: int = 1) -> Iterator[tuple[Any, int]]:
         """The choices for `count` calls that come together, one share for each replica with room: calls side by side in an
-        envelope stay side by side, and the books are kept once for each share. Who iterates dispatches each share
-        before asking for the next; fewer than `count` are dealt when room runs out."""
+        envelope stay side by side, and the books are kept once for each share. No share is smaller than `least`, while
+        there are so many. Who iterates dispatches each share before asking for the next; fewer than `count` are dealt when
+        room runs out."""
         while count > 0 and (roomy := pool.count_with_room()):
-            share = -(-count // roomy)
+            share = max(-(-count // roomy), least)
             for _ in range(min(roomy, -(-count // share))):
                 replica = _chosen(pool.with_room_after(self._last))
                 dealt = min(share, count, replica.free)

@@ -85,10 +85,12 @@ class ActorHost:
             )
             for spec, method in zip(assignment.endpoints, methods, strict=True)
         ]
-        self._steps: Steps[Call] = Steps(self._begin, self.returned, self.raised, self._begun)
+        self._steps: Steps[Call] = Steps(self._begin, self.returned, self.raised, self._waits)
         self._calls: dict[int, Call] = {}
         self._active = 0  # started, those of bursts among them
         self._burst_since = 0.0  # monotonic seconds, 0.0: none is under way
+        self._burst_calls = 0  # begun since then
+        self._burst_ends = True  # all of them in their first step
         self._waiting: deque[Call | Run] = deque()
         self._unbegun: dict[Key, Call] = {}  # under each key the last one admitted, until it has begun
         self._behind: dict[Key, deque[Call]] = {}
@@ -144,6 +146,7 @@ class ActorHost:
     def _burst(self, run: Run, endpoint: Endpoint, started: float) -> None:
         """Calls that may all start."""
         self._active += len(run.ids)
+        self._burst_calls += len(run.ids)
         if not self._burst_since:
             self._burst_since = started
         if not self._steps.due:
@@ -154,7 +157,9 @@ class ActorHost:
     def serve(self) -> None:
         """Let those that came begin; what of them ends at once is replied to in this turn. After `run`, in its turn."""
         self._steps.serve()
-        self._burst_since = 0.0
+        if self._burst_calls and self._burst_ends:
+            self._link.cost = int((time.monotonic() - self._burst_since) * 1e9) // self._burst_calls
+        self._burst_since, self._burst_calls, self._burst_ends = 0.0, 0, True
 
     def drop(self, ids: list[int]) -> None:
         """Cancel these: an async one's task; a thread goes on, and its result is dropped (F5)."""
@@ -307,7 +312,9 @@ class ActorHost:
                 before = self._unbegun.get(key)
             if before is not None:
                 # Tasks begin in the order in which they are made; of threads one never knows.
-                in_order = before.started and not before.threaded and before.endpoint.is_async and call.endpoint.is_async
+                in_order = (
+                    before.started and not before.threaded and before.endpoint.is_async and call.endpoint.is_async
+                )
                 if not in_order or key in self._behind:
                     self._behind.setdefault(key, deque()).append(call)
                     call.blocked += 1
@@ -437,6 +444,11 @@ class ActorHost:
         call.started, call.begun = burst.started, True
         self._calls[request] = call
         return call
+
+    def _waits(self, call: Call) -> None:
+        """It has taken its first step, and goes on later."""
+        self._burst_ends = False
+        self._begun(call)
 
     def burst_over(self, burst: Burst) -> None:
         """Those in its columns have ended by a value; the books of all at once."""

@@ -168,6 +168,9 @@ class WorkerLink(PeerLink):
         self.served = Served()
         self._clock = now  # when we were told the time last
         self.kept = KeptReplies()
+        self.cost = (
+            0  # ns of the loop for each call that began, and ended, with those replied to in this turn; 0: not known
+        )
         self.refused_messages = 0  # of a form we do not know, or for an epoch that is not ours
         self.trusted = False  # the trust of our own address, which our replies are encoded by
         self.segments: Terms | None = None  # on which large arrays may go by shared memory
@@ -421,7 +424,11 @@ class WorkerLink(PeerLink):
         self._gathered = replies
         ids, attempts, statuses, payloads = replies
         sizes = list(outbox.attach_all(payloads))
-        outbox.body.append([REPLIES, self.assignment.epoch, ids, column(attempts), column(statuses), sizes])
+        message = [REPLIES, self.assignment.epoch, ids, column(attempts), column(statuses), sizes]
+        if self.cost:
+            message.append(self.cost)
+            self.cost = 0
+        outbox.body.append(message)
 
     def _holds(self) -> dict[str, Any] | None:
         held = self.assignment

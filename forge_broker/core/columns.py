@@ -94,11 +94,15 @@ def read_fanout(message: list[Any]) -> tuple[int, list[int], list[int], dict[str
     )
 
 
-def read_replies(message: list[Any]) -> tuple[int, list[int], int | list[int], int | list[int], list[int]]:
-    """The fields of REPLIES, checked: epoch, ids, attempts, statuses, sizes. Raises ProtocolError."""
-    if len(message) != 6:
-        raise ProtocolError(f"REPLIES has {len(message)} fields instead of 6")
-    _, epoch, ids, attempts, statuses, sizes = message
+def read_replies(message: list[Any]) -> tuple[int, list[int], int | list[int], int | list[int], list[int], int]:
+    """The fields of REPLIES, checked: epoch, ids, attempts, statuses, sizes, cost. Raises ProtocolError."""
+    if len(message) == 6:
+        message = [*message, 0]
+    if len(message) != 7:
+        raise ProtocolError(f"REPLIES has {len(message)} fields instead of 7")
+    _, epoch, ids, attempts, statuses, sizes, cost = message
+    if type(cost) is not int or cost < 0:
+        raise ProtocolError("REPLIES with a cost that is none")
     if type(epoch) is not int or not _ints(ids) or not _ints(sizes) or len(ids) != len(sizes):
         raise ProtocolError("REPLIES with columns that do not match")
     for values in (attempts, statuses):
@@ -106,7 +110,7 @@ def read_replies(message: list[Any]) -> tuple[int, list[int], int | list[int], i
             raise ProtocolError("REPLIES with columns that do not match")
     if not (_STATUSES.issuperset(statuses) if isinstance(statuses, list) else statuses in _STATUSES):
         raise ProtocolError("REPLIES with an unknown status")
-    return epoch, ids, attempts, statuses, sizes
+    return epoch, ids, attempts, statuses, sizes, cost
 
 
 def read_states(message: list[Any], payloads: Payloads) -> tuple[list[str], list[Payload]]:

@@ -13,7 +13,6 @@ from math import inf
 from typing import Any
 
 from forge_broker.core.requests import Request, Slice
-from forge_contract.routing import Pool
 
 
 class Queue:
@@ -26,7 +25,7 @@ class Queue:
         self.name = name
         self.replica = replica
         self.waiting = False
-        self.deal: Callable[[Pool, int], Iterator[tuple[Any, int]]] | None = None
+        self.deal: Callable[..., Iterator[tuple[Any, int]]] | None = None
         self.length = 0
         self.timer_at = inf  # when the deadline heap will look whether a batch is to leave
         self._levels: dict[int, OrderedDict[int, Request | Slice]] = {0: OrderedDict()}

@@ -212,7 +212,7 @@ class Rebuild:
 
     def replies(self, worker: Worker, message: Message, payloads: Payloads) -> None:
         """REPLIES: kept ones, and those of calls that ended meanwhile."""
-        epoch, ids, attempts, statuses, sizes = read_replies(message)
+        epoch, ids, attempts, statuses, sizes, _ = read_replies(message)
         columns = ids, spread(attempts, len(ids)), spread(statuses, len(ids))
         replica: Replica | None = worker.replica
         for request, attempt, status, payload in zip(*columns, payloads.take_all(sizes), strict=True):

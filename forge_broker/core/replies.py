@@ -26,6 +26,7 @@ from forge_contract.framing import Payload, Payloads
 from forge_contract.messages import DROPPED, FAILED, OK, RETURNED, SEQUENCE_MASK, UNTOUCHED, show_request, spread
 
 METRICS_EVERY_S = 1.0
+SHARE_NS = 200_000  # of a worker's time: less work than that is not divided, for another envelope costs as much
 METRICS_REPLICAS = 100  # with more of them, snapshots are rarer
 
 
@@ -40,14 +41,16 @@ class Ends:
         "replica",
         "room",
         "run",
+        "share",
         "succeeded",
         "untouched",
         "worker",
     )
 
-    def __init__(self, replica: Replica, worker: Worker) -> None:
+    def __init__(self, replica: Replica, worker: Worker, cost: int) -> None:
         self.replica = replica
         self.worker = worker
+        self.share = SHARE_NS // cost if cost else 0  # so many of these calls are worth an envelope; 0: not known
         self.client: Client | None = None  # whose replies these are at present: nearly always all of them
         self.run: Run | None = None  # ordinary ends of calls of that client, that are no Slice's
         self.count = 0
@@ -67,13 +70,13 @@ class Replies:
 
     def take(self, worker: Worker, message: list[Any], payloads: Payloads, now: float) -> None:
         """REPLIES: each is taken out of the ledger or refused (fenced, W3), and the freed room is given away."""
-        epoch, ids, attempts, statuses, sizes = read_replies(message)
+        epoch, ids, attempts, statuses, sizes, cost = read_replies(message)
         replica: Replica | None = worker.replica
         if replica is None or epoch != replica.epoch:
             payloads.take_all(sizes)
             self._refuse(ids, attempts, worker, now)
             return
-        ends = Ends(replica, worker)
+        ends = Ends(replica, worker, cost)
         plain = attempts == 1 and statuses == OK and bool(sizes) and min(sizes) >= 0
         # Its payloads before any of its replies: of a message that names more than has come, none counts.
         if plain:
@@ -131,7 +134,9 @@ class Replies:
         self._state.deliver(client)
         count = len(ids)
         ran_s = now - one.started_at
-        stats = one.endpoint.stats
+        endpoint = one.endpoint
+        endpoint.worth(ends.share)
+        stats = endpoint.stats
         stats.outcomes["ok"] += count
         add(stats.latency, ends.replica.stats.latency, count, one.started_at - one.queued_at, ran_s, now)
         ends.count += count

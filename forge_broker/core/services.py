@@ -41,6 +41,7 @@ class Endpoint:
         "replay_last",
         "router",
         "service",
+        "share",
         "signature",
         "stats",
         "takes_hints",
@@ -64,6 +65,9 @@ class Endpoint:
         delivery = self.options.get("delivery") or service.config.delivery
         default = "at_most_once" if service.kind == "actor" else "at_least_once"
         self.at_most_once = (delivery or default) == "at_most_once"
+        self.share = (
+            1.0  # so many calls at least are worth an envelope to a replica, by what they have cost one of late
+        )
         self.hang_timeout_s: float | None = self.options.get("hang_timeout_s")
         # Calls of an actor keep their order across endpoints (A6), and do not wait for each other.
         batched = self.options.get("batch_size", 1) > 1 and service.kind == "service"
@@ -81,6 +85,17 @@ class Endpoint:
     @property
     def full_name(self) -> str:
         return f"{self.service.name}.{self.name}"
+
+    def worth(self, calls: int) -> None:
+        """So many of its calls have been worth an envelope just now; 0: nobody knows. It is believed little by little: a worker that
+        the kernel interrupted says too few, and nothing but a steady stream of short calls is to be kept together."""
+        share = self.share
+        if not calls:
+            self.share = 1.0
+        elif calls > share:
+            self.share = share + 0.125
+        else:
+            self.share = share - (share - calls) / 4
 
 
 class Session:

@@ -7,7 +7,7 @@ wait. There is one path: whatever a slice's calls cannot share, a deadline, say,
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, Final
 
 from forge_broker.core.clients import Client
 from forge_broker.core.dispatch import Dispatch
@@ -16,6 +16,8 @@ from forge_broker.core.services import Endpoint, Service
 from forge_broker.core.state import State
 from forge_contract.framing import Payloads
 from forge_contract.messages import request_id, spread
+
+KEPT_TOGETHER_FROM: Final = 16  # calls of an envelope; fewer are dealt evenly, whatever they cost
 
 _SESSION = {"session"}
 _SHAPE = {"shape"}
@@ -92,8 +94,10 @@ class Slices:
         at = start = 0
         deal, batcher = endpoint.queue.deal, endpoint.batcher
         assert deal is not None
-        units = len(ids) if batcher is None else len(ids) // batcher.size
-        for replica, count in deal(endpoint.service.pool, units):
+        units, least = (len(ids) if batcher is None else len(ids) // batcher.size), 1
+        if batcher is None and units >= KEPT_TOGETHER_FROM:
+            least = int(endpoint.share)
+        for replica, count in deal(endpoint.service.pool, units, least):
             for size in [count] if batcher is None else [batcher.size] * count:
                 end = at + size
                 share = sizes[at:end]

@@ -327,15 +327,18 @@ class WorkerPeer(Peer):
         sizes = [len(state) for state in states.values()]
         self.say([STATES, list(states), sizes], packed=b"".join(states.values()))
 
-    def reply(self, count: int | None = None, *, status: int = OK, payload: bytes | None = None) -> None:
-        """Answer the oldest `count` calls it holds (None: all), echoing unless a payload is given."""
+    def reply(
+        self, count: int | None = None, *, status: int = OK, payload: bytes | None = None, cost: int | None = None
+    ) -> None:
+        """Answer the oldest `count` calls it holds (None: all), echoing unless a payload is given. `cost`: ns each, None leaves it out."""
         now, self.calls = (self.calls, []) if count is None else (self.calls[:count], self.calls[count:])
         if not now:
             return
         values = [one[2] if payload is None else payload for one in now]
         ids, attempts = [one[0] for one in now], [one[1] for one in now]
         sizes = [len(value) for value in values]
-        self.say([REPLIES, self.replica_epoch, ids, column(attempts), status, sizes], packed=b"".join(values))
+        told = [] if cost is None else [cost]
+        self.say([REPLIES, self.replica_epoch, ids, column(attempts), status, sizes, *told], packed=b"".join(values))
 
     @property
     def launch(self) -> int:

@@ -48,6 +48,51 @@ def test_plain_calls_of_an_envelope_are_held_as_one_for_each_replica_they_go_to(
     assert bench.state.held_bytes == 0
 
 
+def served(client: ClientPeer, workers: list[WorkerPeer], endpoint: int, calls: int, cost: int = 1000) -> list[int]:
+    """How many of so many new calls each gets; what they had is answered."""
+    for worker in workers:
+        worker.reply(cost=cost)
+    client.call(endpoint, *[b"x"] * calls)
+    return sorted(len(worker.calls) for worker in workers)
+
+
+def rounds(client: ClientPeer, workers: list[WorkerPeer], endpoint: int, count: int, cost: int) -> None:
+    for _ in range(count):
+        client.call(endpoint, *[b"x"] * 16)
+        for worker in workers:
+            worker.reply(cost=cost)
+
+
+def test_many_calls_that_cost_less_than_an_envelope_stay_together_once_that_is_known() -> None:
+    """R3: each replica with room in turn, and no share is worth less than what it takes to send it."""
+    _, client, workers, endpoint = Bench().serving(2, replica_max_concurrent_requests=1000)
+    rounds(client, workers, endpoint, 4, cost=1000)
+    assert served(client, workers, endpoint, 16) == [8, 8], "not from a few rounds"
+    rounds(client, workers, endpoint, 80, cost=1000)
+    before = [len(worker.seen) for worker in workers]
+    assert [served(client, workers, endpoint, 16) for _ in range(2)] == [[0, 16], [0, 16]]
+    assert [len(worker.seen) - seen for worker, seen in zip(workers, before, strict=True)] == [16, 16], "in turn"
+    assert served(client, workers, endpoint, 15) == [7, 8], "few are dealt evenly, whatever they cost"
+    assert served(client, workers, endpoint, 400) == [200, 200], "so much work is worth being divided"
+
+
+def test_calls_that_have_become_dear_or_wait_are_dealt_evenly_again() -> None:
+    _, client, workers, endpoint = Bench().serving(2, replica_max_concurrent_requests=1000)
+    for cost, after in ((1_000_000, 30), (0, 1)):
+        rounds(client, workers, endpoint, 80, cost=1000)
+        assert served(client, workers, endpoint, 16) == [0, 16]
+        rounds(client, workers, endpoint, after, cost=cost)
+        assert served(client, workers, endpoint, 16, cost) == [8, 8]
+
+
+def test_a_cost_that_is_none_breaks_the_protocol() -> None:
+    bench, client, (worker,), endpoint = Bench().serving()
+    client.call(endpoint, b"a")
+    worker.reply(cost=-1)
+    assert bench.state.counters["ProtocolError"] == 1
+    assert worker.name not in bench.state.workers
+
+
 def test_what_finds_no_room_waits_as_one_and_leaves_as_there_is_room() -> None:
     """R1: late binding is for each call."""
     bench, client, (worker,), endpoint = Bench().serving(1, replica_max_concurrent_requests=2)

@@ -148,7 +148,8 @@ class FakeBroker:
         found: dict[int, tuple[int, Any]] = {}
         deadline = time.monotonic() + bound_s
         while len(found) < count:
-            (_, _epoch, ids, _attempts, statuses, _sizes), payloads = self.expect(REPLIES, deadline - time.monotonic())
+            message, payloads = self.expect(REPLIES, deadline - time.monotonic())
+            ids, statuses = message[2], message[4]
             for request, status, payload in zip(ids, spread(statuses, len(ids)), payloads, strict=True):
                 found[sequence_of(request)] = (status, read_reply(status, payload))
         return found

@@ -40,6 +40,7 @@ class InProcess:
         self._outbox = Outbox()
         self.replied: dict[int, tuple[int, Any]] = {}
         self.envelopes = 0
+        self.costs: list[int] = []  # of each envelope's replies
         self.broken: list[Payload] = []
         self._changed = asyncio.Event()
         self._outbox.body.append([WELCOME, {"trusted": True}])
@@ -140,7 +141,8 @@ class InProcess:
             self.envelopes += 1
             for message in envelope.body:
                 assert message[0] == REPLIES
-                _, _, ids, _, statuses, sizes = message
+                _, _, ids, _, statuses, sizes, *cost = message
+                self.costs += cost or [0]
                 payloads = envelope.payloads.take_all(sizes)
                 for request, status, payload in zip(ids, spread(statuses, len(ids)), payloads, strict=True):
                     assert sequence_of(request) not in self.replied, "a second reply"

@@ -296,6 +296,33 @@ async def test_calls_of_one_client_begin_in_order_whatever_kind_they_are() -> No
     assert [line.split()[1] for line in sample.log] == [str(number) for number in range(1, 41)]
 
 
+async def test_what_calls_cost_is_told_when_all_that_came_in_a_turn_have_ended_in_it() -> None:
+    """PROTOCOL.md, REPLIES: nanoseconds of the loop for each."""
+
+    class Spins(Sample):
+        async def spin(self, value: str) -> str:
+            until = time.monotonic() + 0.002
+            while time.monotonic() < until:
+                pass
+            return value
+
+    sample = Spins()
+    worker = InProcess(sample, "spin", "maybe")
+    worker.dispatch(0, *numbered("a", "b", "c"))
+    await worker.turn()
+    (cost,) = worker.costs
+    assert 2_000_000 <= cost < 1_000_000_000
+    worker.dispatch(1, (6, ("raise",)))
+    await worker.turn()
+    assert worker.costs.pop() > 0
+    worker.dispatch(0, (4, ("d",)))
+    worker.dispatch(1, (5, ("wait",)))
+    await worker.turn()
+    sample.gate.set()
+    await worker.replies(5)
+    assert set(worker.costs[1:]) == {0}, "one of them had to wait: nobody knows what that cost the loop"
+
+
 async def test_a_burst_that_holds_the_loop_has_an_age() -> None:
     """F1: heartbeats say how long the oldest call has been running, from another thread."""
 
