@@ -28,10 +28,12 @@ class Endpoint:
     """One method of one service. Slots because the hot path reads it for every call."""
 
     __slots__ = (
+        "_worth",
         "at_most_once",
         "batcher",
         "hang_timeout_s",
         "id",
+        "last",
         "method",
         "name",
         "options",
@@ -65,9 +67,10 @@ class Endpoint:
         delivery = self.options.get("delivery") or service.config.delivery
         default = "at_most_once" if service.kind == "actor" else "at_least_once"
         self.at_most_once = (delivery or default) == "at_most_once"
-        self.share = (
-            1.0  # so many calls at least are worth an envelope to a replica, by what they have cost one of late
-        )
+        self.last: Replica | None = None  # that got calls of it as a Slice
+        # So many calls, at least, are worth an envelope to a replica, by what they have cost one of late.
+        self.share = 1.0
+        self._worth = 0  # what was said last
         self.hang_timeout_s: float | None = self.options.get("hang_timeout_s")
         # Calls of an actor keep their order across endpoints (A6), and do not wait for each other.
         batched = self.options.get("batch_size", 1) > 1 and service.kind == "service"
@@ -87,15 +90,17 @@ class Endpoint:
         return f"{self.service.name}.{self.name}"
 
     def worth(self, calls: int) -> None:
-        """So many of its calls have been worth an envelope just now; 0: nobody knows. It is believed little by little: a worker that
-        the kernel interrupted says too few, and nothing but a steady stream of short calls is to be kept together."""
+        """So many of its calls have been worth an envelope just now; 0: nobody knows. The larger of the last two counts, as a worker that
+        the kernel interrupted says too few; and it is believed little by little, for nothing but a steady stream of short calls is to
+        be kept together."""
+        best, self._worth = max(calls, self._worth), calls
         share = self.share
-        if not calls:
+        if not best:
             self.share = 1.0
-        elif calls > share:
+        elif best > share:
             self.share = share + 0.125
         else:
-            self.share = share - (share - calls) / 4
+            self.share = share - (share - best) / 4
 
 
 class Session:

@@ -11,13 +11,14 @@ from typing import Any, Final
 
 from forge_broker.core.clients import Client
 from forge_broker.core.dispatch import Dispatch
+from forge_broker.core.replicas import Replica
 from forge_broker.core.requests import Slice
 from forge_broker.core.services import Endpoint, Service
 from forge_broker.core.state import State
 from forge_contract.framing import Payloads
-from forge_contract.messages import request_id, spread
+from forge_contract.messages import DISPATCH, request_id, spread
 
-KEPT_TOGETHER_FROM: Final = 16  # calls of an envelope; fewer are dealt evenly, whatever they cost
+KEPT_TOGETHER_FROM: Final = 8  # calls of an envelope; fewer are dealt evenly, whatever they cost
 
 _SESSION = {"session"}
 _SHAPE = {"shape"}
@@ -91,8 +92,12 @@ class Slices:
         now: float,
     ) -> int:
         """Dispatch these, from the first on while somebody has room, a slice to each replica, or to each batch that is full: how many."""
+        batcher = endpoint.batcher
+        if batcher is None and (replica := self._on_its_way(endpoint, len(ids))) is not None:
+            self._dispatch.slice(Slice(ids, sizes, packed, client, endpoint, now), replica, now)
+            return len(ids)
         at = start = 0
-        deal, batcher = endpoint.queue.deal, endpoint.batcher
+        deal = endpoint.queue.deal
         assert deal is not None
         units, least = (len(ids) if batcher is None else len(ids) // batcher.size), 1
         if batcher is None and units >= KEPT_TOGETHER_FROM:
@@ -104,10 +109,22 @@ class Slices:
                 stop = start + sum(share)
                 one = Slice(ids[at:end], share, packed[start:stop], client, endpoint, now)
                 self._dispatch.slice(one, replica, now, shape=None if batcher is None else shape)
+                endpoint.last = replica
                 at, start = end, stop
             if batcher is not None:
                 batcher.stats.left("size", batcher.size, 0.0, count)
         return at
+
+    def _on_its_way(self, endpoint: Endpoint, count: int) -> Replica | None:
+        """Where the last calls of this endpoint go, that came from others in this turn, if so many more are not yet worth an envelope of
+        their own."""
+        replica: Replica | None = endpoint.last
+        if replica is None or replica.free < count:
+            return None
+        group = replica.ranks[0].group
+        if group is None or group[0] != DISPATCH or group[2] != endpoint.method:
+            return None
+        return replica if len(group[4]) + count <= endpoint.share else None
 
     def _wait(
         self, client: Client, endpoint: Endpoint, ids: list[int], sizes: list[int], packed: bytes, now: float

@@ -7,7 +7,9 @@ The whole conversation of real links over a faulty network is `tests/face_to_fac
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import msgpack
@@ -71,9 +73,18 @@ class Bench:
         self.actions: list[Action] = []
         self.peers: dict[Route, Peer] = {}
         self.names = 0
+        self._turn: list[Action] | None = None
 
     def handle(self, event: Event) -> list[Action]:
         return self._done(self.broker.handle(event, self.now))
+
+    @contextlib.contextmanager
+    def one_turn(self) -> Iterator[None]:
+        """What comes meanwhile comes in one turn of the broker's loop: it packs its envelopes at the end."""
+        turn = self._turn = []
+        yield
+        self._turn = None
+        self._done(turn)
 
     def advance(self, seconds: float) -> None:
         """Let time pass, looking whenever the broker asked to be called."""
@@ -87,7 +98,9 @@ class Bench:
         invariants.check(self.broker)
         self.actions += actions
         for action in actions:
-            if isinstance(action, Deliver):
+            if isinstance(action, Deliver) and self._turn is not None:
+                self._turn.append(action)
+            elif isinstance(action, Deliver):
                 packed = self.broker.pack(action.name, self.now)
                 if packed is not None:
                     self._carry(packed)

@@ -72,17 +72,43 @@ def test_many_calls_that_cost_less_than_an_envelope_stay_together_once_that_is_k
     before = [len(worker.seen) for worker in workers]
     assert [served(client, workers, endpoint, 16) for _ in range(2)] == [[0, 16], [0, 16]]
     assert [len(worker.seen) - seen for worker, seen in zip(workers, before, strict=True)] == [16, 16], "in turn"
-    assert served(client, workers, endpoint, 15) == [7, 8], "few are dealt evenly, whatever they cost"
+    assert served(client, workers, endpoint, 7) == [3, 4], "few are dealt evenly, whatever they cost"
     assert served(client, workers, endpoint, 400) == [200, 200], "so much work is worth being divided"
 
 
 def test_calls_that_have_become_dear_or_wait_are_dealt_evenly_again() -> None:
     _, client, workers, endpoint = Bench().serving(2, replica_max_concurrent_requests=1000)
-    for cost, after in ((1_000_000, 30), (0, 1)):
+    for cost, after in ((1_000_000, 30), (0, 2)):
         rounds(client, workers, endpoint, 80, cost=1000)
         assert served(client, workers, endpoint, 16) == [0, 16]
         rounds(client, workers, endpoint, after, cost=cost)
         assert served(client, workers, endpoint, 16, cost) == [8, 8]
+
+
+def test_one_worker_that_was_interrupted_changes_nothing() -> None:
+    _, client, workers, endpoint = Bench().serving(2, replica_max_concurrent_requests=1000)
+    rounds(client, workers, endpoint, 100, cost=1000)
+    for cost in (0, 1000, 3_000_000, 1000):
+        assert served(client, workers, endpoint, 16, cost) == [0, 16]
+
+
+def test_short_calls_of_many_clients_that_come_in_one_turn_leave_in_one_envelope() -> None:
+    """W1: with one call from each nobody could put them together but the broker."""
+    bench, client, workers, endpoint = Bench().serving(2)
+    others = [bench.client() for _ in range(4)]
+    rounds(client, workers, endpoint, 40, cost=20_000)
+
+    def turn() -> list[int]:
+        for worker in workers:
+            worker.reply(cost=20_000)
+        with bench.one_turn():
+            for other in others:
+                other.call(endpoint, b"y")
+        return sorted(len(worker.calls) for worker in workers)
+
+    assert [turn() for _ in range(3)] == [[0, 4]] * 3
+    rounds(client, workers, endpoint, 4, cost=1_000_000)
+    assert turn() == [2, 2]
 
 
 def test_a_cost_that_is_none_breaks_the_protocol() -> None:
