@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import uuid
 from pathlib import Path
 from typing import Final
 
+from bench.ports import free_port
 from forge_contract.segments import DIRECTORY
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -161,11 +161,3 @@ def end_all(mark: str, grace_s: float) -> list[str]:
         told.append(f"{pid}{' (stopped)' if stopped(pid) else ''}: {command}")
         send(pid, signal.SIGKILL)
     return told
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -20,8 +20,8 @@ import httptools
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.chaos_processes import free_port
 from bench.peers.load import PAYLOAD, TENSOR, Call
+from bench.ports import free_port
 
 HOST: Final = "127.0.0.1"
 UP_S: Final = 40.0

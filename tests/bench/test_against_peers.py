@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,26 @@ def test_an_environment_is_made_anew_when_the_roster_asks_for_something_else(
     with pytest.raises(venvs.NotInstalled):
         venvs.make(Peer(FAKE.name, FAKE.module, ("something-new",), ""), folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "peer", [peer for peer in PEERS if peer.module != "bench.peers.forge"], ids=lambda peer: peer.short
+)
+def test_a_peers_file_needs_nothing_of_ours(peer: Peer) -> None:
+    """In its environment there is what the roster names, and neither our packages nor what they need."""
+    program = f"""
+import importlib, sys
+from unittest.mock import MagicMock
+for name in ("ray", "ray.serve", "mosec", "litserve", "ipyparallel", "httptools", "fastapi"):
+    sys.modules[name] = MagicMock()
+for name in ("forge_contract", "forge_client", "forge_broker", "forge_worker", "msgpack", "click", "structlog"):
+    sys.modules[name] = None
+importlib.import_module({peer.module!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_pips_last_error_is_what_is_told() -> None:
