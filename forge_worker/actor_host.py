@@ -1,18 +1,15 @@
 """Runs the calls of one actor: when each may start, how it ends (design A5, A6, A7, F5). On the loop's thread.
 
 `runtime` makes it of an assignment and an instance, hands it the link's instructions, and is told by `on_reply` that
-there is something to flush. When a call may start is decided in `_admit` and what follows from it:
+there is something to flush. When a call may start is decided in `run` and what follows from it:
 
 1. Where the class has hooks for its sessions (S3), a session's calls run one at a time, each from the import of the state
    it needs to the checkpoint that its reply takes along: `sessions`. For such a call no other order counts.
 2. A call with order keys (its session, or its client where the broker says so; all sessions of a batch) waits until the one
-   before it under each has begun: `_behind`. A mesh's calls have no key: there, at most one runs, and they start in order anyway.
+   before it under each has begun: `order`. A mesh's calls have no key: there, at most one runs, and they start in order anyway.
 3. Never more than `concurrency` run: `_waiting`, in order of dispatch. The broker may send more (RECALL), and calls without order
    wait as they came.
 4. A plain `def` needs a thread of its endpoint: `parked`, in that endpoint. Others pass it: a slow endpoint starves nobody.
-
-An async endpoint has begun when its first step is over, a plain one when its thread is about to call it; one that may be an `async def`
-behind a decorator when it has ended, or has shown what it is.
 """
 
 from __future__ import annotations
@@ -36,9 +33,10 @@ from forge_contract.payload import decode_call
 from forge_worker.assignment import Assignment
 from forge_worker.batches import in_lists
 from forge_worker.bursts import Burst
-from forge_worker.calls import Call, Endpoint, Key, calls_of, has_order
+from forge_worker.calls import Call, Endpoint, calls_of, has_order
 from forge_worker.last_resort import give_up
 from forge_worker.link import Import, Replay, Run, WorkerLink
+from forge_worker.order import Order
 from forge_worker.outcomes import BROKEN, Outcome, Outcomes
 from forge_worker.sessions import Session, Sessions
 from forge_worker.steps import Steps
@@ -92,10 +90,8 @@ class ActorHost:
         self._burst_calls = 0  # begun since then
         self._burst_ends = True  # all of them in their first step
         self._waiting: deque[Call | Run] = deque()
-        self._unbegun: dict[Key, Call] = {}  # under each key the last one admitted, until it has begun
-        self._behind: dict[Key, deque[Call]] = {}
+        self._order = Order(self._loop, self._place)
         self._tasks: set[asyncio.Task[None]] = set()  # imports and checkpoints; a loop holds its tasks weakly
-        self._looking = False  # a look after threads that are about to begin is scheduled
         self._stopping = False
         self._abandoned = False
         self._empty = asyncio.Event()
@@ -113,12 +109,7 @@ class ActorHost:
         self._steps.due = True
         endpoint, started, ordered = self._endpoints[run.method], time.monotonic(), has_order(run, serial=self._serial)
         has_hooks = self._sessions is not None and any(run.sessions)
-        if (
-            endpoint.is_async
-            and not endpoint.takes_lists
-            and not has_hooks
-            and not (ordered and (self._unbegun or self._behind))
-        ):
+        if endpoint.is_async and not endpoint.takes_lists and not has_hooks and (not ordered or self._order.idle):
             if len(run.ids) <= self._room - self._active:
                 self._burst(run, endpoint, started)
                 return
@@ -135,7 +126,7 @@ class ActorHost:
             if call.session is not None and has_hooks:
                 self._admit_to_session(call, call.session)
             elif call.keys:
-                self._admit(call)
+                self._order.admit(call)
             elif endpoint.is_async and self._active < self._room:
                 self._active += 1  # `_place` and `_start`, for the many that need no deciding
                 call.started = started
@@ -268,8 +259,7 @@ class ActorHost:
         self._stopping = True
         self._take_out(lambda _: True, UNTOUCHED)
         self._waiting.clear()
-        self._behind.clear()
-        self._unbegun.clear()
+        self._order.clear()
         for endpoint in self._endpoints:
             endpoint.parked.clear()
         if self._sessions is not None:
@@ -303,27 +293,6 @@ class ActorHost:
         return max(0.0, now - min(started)) if started else 0.0
 
     # When a call may start: the cases of the module's docstring.
-
-    def _admit(self, call: Call) -> None:
-        for key in call.keys:
-            before = self._unbegun.get(key)
-            if before is not None and _has_begun(before):  # a thread began it, and could not tell us
-                self._begun(before)
-                before = self._unbegun.get(key)
-            if before is not None:
-                # Tasks begin in the order in which they are made; of threads one never knows.
-                in_order = (
-                    before.started and not before.threaded and before.endpoint.is_async and call.endpoint.is_async
-                )
-                if not in_order or key in self._behind:
-                    self._behind.setdefault(key, deque()).append(call)
-                    call.blocked += 1
-                    if before.started:
-                        self._look_soon()
-                    continue
-            self._unbegun[key] = call
-        if not call.blocked:
-            self._place(call)
 
     def _admit_to_session(self, call: Call, name: str) -> None:
         assert self._sessions is not None
@@ -365,47 +334,8 @@ class ActorHost:
         elif call.endpoint.is_async:
             self._steps.put(call)
         else:
-            call.threaded = True
             call.endpoint.threads.run(partial(self._run_plain, call), partial(self._ended_plain, call))
-            if not self._behind.keys().isdisjoint(call.keys):
-                self._look_soon()
-
-    def _begun(self, call: Call) -> None:
-        """The first line of `call` has run, or never will: the next of each of its keys is free to go."""
-        call.begun = True
-        for key in call.keys:
-            if self._unbegun.get(key) is not call:
-                continue
-            del self._unbegun[key]
-            behind = self._behind.pop(key, None)
-            while behind:
-                follower = behind.popleft()
-                if not follower.dropped:
-                    if behind:
-                        self._behind[key] = behind
-                    self._unbegun[key] = follower
-                    follower.blocked -= 1
-                    if not follower.blocked:
-                        self._place(follower)
-                    break
-
-    def _look_soon(self) -> None:
-        if not self._looking:
-            self._looking = True
-            self._loop.call_soon(self._look)
-
-    def _look(self) -> None:
-        """Have the threads begun that others stand behind? It takes microseconds, so we look again in the next turn: a
-        word from the thread would let go of the GIL between saying and doing, and the follower could be first."""
-        self._looking = False
-        for key in list(self._behind):
-            before = self._unbegun.get(key)
-            if before is None:
-                continue  # begun meanwhile, by another of its keys
-            if _has_begun(before):
-                self._begun(before)
-            elif before.threaded and not before.endpoint.hides:
-                self._look_soon()
+            self._order.threaded(call)
 
     # How a call runs and ends.
 
@@ -448,7 +378,7 @@ class ActorHost:
     def _waits(self, call: Call) -> None:
         """It has taken its first step, and goes on later."""
         self._burst_ends = False
-        self._begun(call)
+        self._order.begun(call)
 
     def burst_over(self, burst: Burst) -> None:
         """Those in its columns have ended by a value; the books of all at once."""
@@ -465,7 +395,7 @@ class ActorHost:
     def returned(self, call: Call, value: Any) -> None:
         endpoint = call.endpoint
         if call.keys:
-            self._begun(call)
+            self._order.begun(call)
         status, payload = call.returned(value, self._outcomes)
         if (
             status
@@ -530,7 +460,7 @@ class ActorHost:
     def _end(self, call: Call, status: int, payload: Payload) -> None:
         """A started call has run. Its reply may have to wait for a checkpoint, and keeps its room until then."""
         if call.keys:
-            self._begun(call)
+            self._order.begun(call)
         if call.session is not None and self._sessions is not None:
             due = self._sessions.ended(call.session)
             if due and status != BROKEN and not self._abandoned:
@@ -580,7 +510,7 @@ class ActorHost:
         for request in (call.id,) if batch is None else batch.ids:
             del self._calls[request]
         if not call.started:
-            self._begun(call)  # it never will; those behind it need not wait
+            self._order.begun(call)  # it never will; those behind it need not wait
         if call.session is not None and self._sessions is not None:
             session = self._sessions.get(call.session)
             if session is not None and session.current is call:
@@ -660,8 +590,3 @@ class ActorHost:
         except TimeoutError:
             return False
         return True
-
-
-def _has_begun(call: Call) -> bool:
-    """A thread that was to run an endpoint found `async` meanwhile has a coroutine of it, which has yet to begin."""
-    return call.begun and not (call.threaded and call.endpoint.is_async)
