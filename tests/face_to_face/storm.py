@@ -370,6 +370,7 @@ class Storm:
                 counts[call.session] += 1
                 wanted = b"%d" % counts[call.session]
                 if self._explains(reply.error, self.near):
+                    counts[call.session] -= reply.error == "SegmentLost"  # it has not run
                     continue
                 if reply.error == "PoisonedRequest":
                     poisoned.add(
