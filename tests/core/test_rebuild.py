@@ -17,6 +17,7 @@ from forge_contract.messages import (
     FORGET,
     IMPORT,
     OK,
+    RECALL,
     REFUSE,
     REPLAY,
     REPLIES,
@@ -116,6 +117,29 @@ def test_what_cannot_be_kept_until_the_window_ends_is_refused_and_nobody_is_drop
     assert worker.seen == [b"x" * 90, b"u" * 10]
     worker.reply()
     assert sorted(client.results) == sorted([kept, fits, *refused])
+
+
+def test_calls_that_were_sent_ahead_of_the_room_are_known_again_and_do_not_run_twice() -> None:
+    """F10, R1: a worker that tells of more calls than it runs at once has them of a broker that sent some ahead."""
+    one_at_a_time = deed(num_replicas=1, replica_max_concurrent_requests=1)
+    bench = Bench(recovering=True)
+    ids = [id_of(sequence) for sequence in (1, 2, 3)]
+    worker = worker_back(bench, 0, of=one_at_a_time, running=[[key, 1] for key in ids])
+    client = client_back(bench, of=one_at_a_time)
+    client.call(ENDPOINT, b"a", b"b", b"c", again=True)
+    client.call(ENDPOINT, b"new")
+    end_window(bench)
+    (replica,) = bench.service().replicas.values()
+    assert (worker.seen, replica.active, replica.active_requests) == ([], 3, 1)
+    bench.advance(1.0)  # the room is looked at, and is one again; what is there beyond it is called back
+    assert (replica.room, len(worker.of(RECALL))) == (1, 1)
+    worker.calls = [(key, 1, b"A") for key in ids]
+    worker.reply(2)
+    assert worker.seen == []
+    worker.reply(1)
+    assert worker.seen == [b"new"]
+    worker.reply()
+    assert client.results == {1: (OK, b"A"), 2: (OK, b"A"), 3: (OK, b"A"), 4: (OK, b"new")}
 
 
 def test_calls_that_run_as_a_batch_take_its_room_together_and_do_not_run_again() -> None:

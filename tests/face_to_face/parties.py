@@ -477,7 +477,9 @@ class SimWorker(Peer):
         if session is not None:
             self.world.ended[session, arguments] += 1
         queue = self._queues.get(session) if session is not None else None
-        if session is not None and queue is not None and status == OK:  # else its arguments are gone, and it has not run
+        if (
+            session is not None and queue is not None and status == OK
+        ):  # else its arguments are gone, and it has not run
             self.counts[session] = self.counts.get(session, 0) + 1
             payload = b"%d" % self.counts[session]
             self.link.states(session, payload)
