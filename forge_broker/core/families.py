@@ -165,7 +165,7 @@ def _of_services(state: State) -> Iterator[Family]:
     yield Family(
         "forge_queue_length",
         "gauge",
-        "Calls that wait: for an endpoint's queue and batches, of sessions without a replica, of suspects, parked at replicas.",
+        "Calls that wait: in an endpoint's queue and batches, of sessions without a replica, of suspects, at replicas.",
         [((service.name, queue), (length,)) for service in services for queue, length in _queues(service).items()],
         ("service", "queue"),
         ("service", "queue"),

@@ -156,7 +156,8 @@ class Intake:
         if UNTOUCHED in ends or RETURNED in ends:
             if UNTOUCHED in ends and replica.pool is not None:
                 replica.pool.close(replica, LEAVING)  # as `Replies` does: its worker is on its way out
-            self._returns.take_back(replica, [request], f"{replica.name} gave it back", now, lost=False)
+            why = f"{replica.name} gave it back"
+            self._returns.take_back(replica, [request], why, now, lost=False, recalled=UNTOUCHED not in ends)
         elif known:
             status, payload, trusted = claim.parts[wanted[0]]
             if request.parts is not None or status == DROPPED:

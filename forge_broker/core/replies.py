@@ -255,7 +255,8 @@ class Replies:
                 if service.cell is replica:
                     service.cell = None
                 replica.pool.close(replica, LEAVING)  # its worker is leaving: what it got now would come back at once
-            self._returns.take_back(replica, untouched, f"{replica.name} gave it back", now, lost=False)
+            why = f"{replica.name} gave it back"
+            self._returns.take_back(replica, untouched, why, now, lost=False, recalled=not ends.leaving)
         if service.watchers and not service.metrics_at:
             # A snapshot grows with the replicas: so many bytes a second at most, however many there are.
             service.metrics_at = now + METRICS_EVERY_S * max(1.0, len(service.replicas) / METRICS_REPLICAS)

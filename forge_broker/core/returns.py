@@ -33,10 +33,11 @@ class Returns:
         now: float,
         *,
         lost: bool,
+        recalled: bool = False,
         convicted: Collection[Request] = (),
     ) -> None:
         """What a replica gave back, or lost: that which may run again does (F2, F3), the other callers learn what is known. `convicted`:
-        those that may have been its death."""
+        those that may have been its death. `recalled`: they were sent ahead, and nothing has happened to them that is worth a line."""
         convicts = set(map(id, convicted))
         why = f"{replica.name} was lost: {why}" if lost else why
         again: list[Request] = []
@@ -63,9 +64,11 @@ class Returns:
             else:
                 request.deaths += ran and id(request) in convicts
                 again.append(request)
-        self._return(replica.service, again, why, now, "loss" if lost else "drain")
+        self._return(replica.service, again, why, now, "loss" if lost else "drain", recalled=recalled)
 
-    def _return(self, service: Service, requests: list[Request], why: str, now: float, flush: str) -> None:
+    def _return(
+        self, service: Service, requests: list[Request], why: str, now: float, flush: str, *, recalled: bool
+    ) -> None:
         """To the front of their queues, in this order; those of a service that stops, or a session that is over, fail instead."""
         back: dict[int, tuple[Queue, list[Request]]] = {}
         alone = service.config.max_attempts - 1
@@ -73,9 +76,10 @@ class Returns:
         held_back = {request.session for request in requests if request.deaths == alone and request.session is not None}
         for request in requests:
             request.holder = None
-            self._state.story.tell(
-                now, show_request(request.id), f"back to its queue after attempt {request.attempt}: {why}"
-            )
+            if not recalled:
+                self._state.story.tell(
+                    now, show_request(request.id), f"back to its queue after attempt {request.attempt}: {why}"
+                )
             session = None if request.session is None else service.sessions.get(request.session)
             if service.stopping is not None:
                 self._answers.fail(request, service.stopping)
@@ -87,7 +91,7 @@ class Returns:
             elif session is not None and session.lost:
                 self._answers.fail(request, SessionLost(session=session.id, service=service.name, why=session.lost))
             else:
-                request.endpoint.stats.retries += request.attempt > 0
+                request.endpoint.stats.retries += request.attempt > 0 and not recalled
                 if request.deaths == alone:
                     self._state.story.tell(now, show_request(request.id), "a suspect: its next attempt runs alone")
                 queue = self._queue_of(request, session, request.deaths == alone or request.session in held_back)

@@ -90,7 +90,7 @@ def test_what_a_slow_replica_was_sent_ahead_is_called_back_once_and_runs_elsewhe
     bench.advance(3 * LOOK_S)
     assert one.of(RECALL) == []
     slow, back = one.calls[:ROOM], one.calls[ROOM:]
-    one.calls = back
+    one.calls, lines = back, len(bench.state.story)
     one.reply(status=RETURNED, payload=b"")
     seen = len(two.seen)
     while two.calls:
@@ -102,6 +102,9 @@ def test_what_a_slow_replica_was_sent_ahead_is_called_back_once_and_runs_elsewhe
     assert all(status == OK for status, _ in client.results.values())
     (name,) = {replica.name for replica in bench.service().replicas.values() if replica.ranks[0].name == one.name}
     assert "called back" in "\n".join(client.ask("explain", subject=name)["story"])
+    # Nothing has happened to the calls themselves: no line for each, and no retries (C5).
+    assert len(bench.state.story) == lines
+    assert bench.service().endpoints[0].stats.retries == 0
     # It stays, and is given calls again.
     assert bench.service().pool.roomy == 0b11
 
