@@ -21,16 +21,13 @@ from zmq import zmq_poll
 from zmq.backend import Socket as BareSocket
 from zmq.utils.monitor import recv_monitor_message
 
+from forge_contract.addresses import SEND_BUFFER_BYTES
+
 Frame = Any  # bytes, or a memoryview of what zmq holds (forge_contract.framing)
 
 # From here on libzmq is given our buffer, and keeps it alive, instead of a copy. It is pyzmq's own threshold: below,
 # the bookkeeping of a shared buffer costs more than copying it.
 LARGE_BYTES: Final = 64 << 10
-# What may be under way in a unix socket, from its writer. The kernel wakes a writer that had to wait once three quarters of that are
-# read. With Linux's 208 KiB the reader is through with the rest before the writer has begun, and the two copy in turns; from twice
-# that on they copy at the same time (16 MiB there and back: 12 % less time). 8 MiB are slower again: they do not fit into the
-# caches. Where the kernel allows less (net.core.wmem_max, 208 KiB unless set) it gives twice that.
-SEND_BUFFER_BYTES: Final = 512 << 10
 # Envelopes taken in one turn. A flood must not keep the loop from its other work; the next turn takes what is left.
 ENVELOPES_A_TURN: Final = 100
 

@@ -13,17 +13,14 @@ import os
 import socket as sockets
 import stat
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from forge_contract.addresses import ipc_path, is_loopback
+from forge_contract.addresses import SEND_BUFFER_BYTES, ipc_path, is_loopback
 from forge_contract.config import BrokerConfig
 from forge_contract.errors import AddressInUse, ConfigError
-
-# As at the other end, in `forge_client.dealer`, for the same reasons.
-SEND_BUFFER_BYTES: Final = 512 << 10
 
 
 class Bound(NamedTuple):

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import zmq
 
-from forge_client.dealer import ENVELOPES_A_TURN, LARGE_BYTES, SEND_BUFFER_BYTES, Dealer, widen
+from forge_client.dealer import ENVELOPES_A_TURN, LARGE_BYTES, Dealer, widen
+from forge_contract.addresses import SEND_BUFFER_BYTES
 
 BOUND_S = 10.0
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import zmq
 
-from forge_broker.shell.addresses import SEND_BUFFER_BYTES
 from forge_broker.shell.processes import host_id, pid_namespace, start_time
+from forge_contract.addresses import SEND_BUFFER_BYTES
 from forge_contract.errors import from_wire
 from forge_contract.messages import ANSWER, BYE, CALLS, CONTROL, HELLO, REFUSE, WHO
 from tests.shell.running import BrokerProcess, RawPeer, private_address
