@@ -19,9 +19,9 @@ from typing import Any, Final
 if not __package__:  # run as a plain script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.closed_loop import PAYLOAD, REPLICAS, p99
+from bench.closed_loop import REPLICAS, Echo, p99, timed_rate
 from bench.many_clients import loop_factory
-from forge_client import ForgeActor, endpoint, shutdown
+from forge_client import endpoint, shutdown
 from forge_contract.config import ServiceConfig
 
 ROOM: Final = 10
@@ -32,11 +32,7 @@ LOADS: Final = ((0, 0), (12, 0), (24, 0), (0, 2), (12, 2))  # callers that wait,
 AHEAD: Final = {"not ahead": 0.0, "ahead": ServiceConfig.dispatch_ahead_s}
 
 
-class Mixed(ForgeActor):
-    @endpoint
-    async def echo(self, payload: bytes) -> bytes:
-        return payload
-
+class Mixed(Echo):
     @endpoint
     async def wait(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
@@ -50,25 +46,17 @@ class Mixed(ForgeActor):
 
 async def run(service: Any, waiting: int, holding: int, seconds: float) -> tuple[float, list[float]]:
     """Short calls/s, and the milliseconds of each, sorted."""
-    took: list[float] = []
-    clock = time.perf_counter
-    until = clock() + seconds
-
-    async def short() -> None:
-        while (began := clock()) < until:
-            await service.echo.route(PAYLOAD)
-            took.append((clock() - began) * 1e3)
+    until = time.perf_counter() + seconds
 
     async def long(call: Any, lasting_s: float) -> None:
-        while clock() < until:
+        while time.perf_counter() < until:
             await call(lasting_s)
             await asyncio.sleep(PAUSE_S)
 
-    callers = [short() for _ in range(CALLERS)]
-    callers += [long(service.wait.route, WAIT_S) for _ in range(waiting)]
+    callers = [long(service.wait.route, WAIT_S) for _ in range(waiting)]
     callers += [long(service.hold.route, HOLD_S) for _ in range(holding)]
-    await asyncio.gather(*callers)
-    return len(took) / seconds, sorted(took)
+    short, _ = await asyncio.gather(timed_rate(service.echo.route, CALLERS, seconds), asyncio.gather(*callers))
+    return short
 
 
 async def measure(runs: int, seconds: float) -> None:
@@ -89,7 +77,7 @@ async def measure(runs: int, seconds: float) -> None:
             for name, rows in found.items():
                 rate, median, late, most = map(statistics.median, zip(*rows, strict=True))
                 print(
-                    f"{waiting:>8}{holding:>8}  {name:<10}{rate:>10,.0f}{median:>10.2f}{late:>10.2f}{most:>10.1f}",
+                    f"{waiting:>8}{holding:>8}  {name:<10}{rate:>10,.0f}{median:>10.2f}{late:>10.2f}{most:>10.2f}",
                     flush=True,
                 )
     finally:
