@@ -22,7 +22,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
-from itertools import compress
 from typing import Any, cast
 
 from forge_client.context import request_var, session_var
@@ -159,7 +158,7 @@ class ActorHost:
             for gone in burst.drop(unwanted):
                 gone.dropped = True
                 self._over(gone, DROPPED, b"")
-        self._take_out(lambda request: request in unwanted, DROPPED)
+        self._answer_waiting(DROPPED, only=unwanted)
         for request in ids:
             call = self._calls.get(request)
             if call is None or call.dropped or not self._nobody_waits(call, request):
@@ -184,7 +183,7 @@ class ActorHost:
 
     def give_back(self) -> None:
         """What has not started, has no order, and may not start now (RECALL): others may be free for it."""
-        self._take_out(lambda _: True, RETURNED)
+        self._answer_waiting(RETURNED)
         unstarted = dict.fromkeys(
             call for call in self._calls.values() if not (call.started or call.keys or call.dropped)
         )
@@ -192,22 +191,21 @@ class ActorHost:
             call.dropped = True
             self._forget(call, RETURNED)
 
-    def _take_out(self, chosen: Callable[[int], bool], status: int) -> None:
-        """These leave the runs that wait, with this reply."""
-        runs = [one for one in self._waiting if isinstance(one, Run)]
-        if not any(chosen(request) for run in runs for request in run.ids):
+    def _answer_waiting(self, status: int, only: set[int] | None = None) -> None:
+        """The calls of runs that wait, all or `only` these, leave with this reply."""
+        if not any(isinstance(one, Run) for one in self._waiting):
             return
         left: deque[Call | Run] = deque()
         for one in self._waiting:
             if isinstance(one, Call):
                 left.append(one)
                 continue
-            goes = [chosen(request) for request in one.ids]
-            for request, attempt in compress(zip(one.ids, one.attempts, strict=True), goes):
-                self._link.reply(request, attempt, status, b"")
-            stays = one.only([not it for it in goes])
-            if stays.ids:
-                left.append(stays)
+            stays = [only is not None and request not in only for request in one.ids]
+            for request, attempt, it_stays in zip(one.ids, one.attempts, stays, strict=True):
+                if not it_stays:
+                    self._link.reply(request, attempt, status, b"")
+            if any(stays):
+                left.append(one.only(stays))
         self._waiting = left
         self._on_reply()
 
@@ -257,7 +255,7 @@ class ActorHost:
         """Give back what has not started, wait for what runs, cancel what still runs after `grace_s` seconds; then, with
         `checkpoints`, tell the states of the sessions that had calls since their last one."""
         self._stopping = True
-        self._take_out(lambda _: True, UNTOUCHED)
+        self._answer_waiting(UNTOUCHED)
         self._waiting.clear()
         self._order.clear()
         for endpoint in self._endpoints:

@@ -168,9 +168,8 @@ class WorkerLink(PeerLink):
         self.served = Served()
         self._clock = now  # when we were told the time last
         self.kept = KeptReplies()
-        self.cost = (
-            0  # ns of the loop for each call that began, and ended, with those replied to in this turn; 0: not known
-        )
+        # Nanoseconds of the loop for each call that began, and ended, with those replied to in this turn; 0: not known.
+        self.cost = 0
         self.refused_messages = 0  # of a form we do not know, or for an epoch that is not ours
         self.trusted = False  # the trust of our own address, which our replies are encoded by
         self.segments: Terms | None = None  # on which large arrays may go by shared memory

@@ -109,8 +109,8 @@ class Slices:
                 stop = start + sum(share)
                 one = Slice(ids[at:end], share, packed[start:stop], client, endpoint, now)
                 self._dispatch.slice(one, replica, now, shape=None if batcher is None else shape)
-                endpoint.last = replica
                 at, start = end, stop
+            endpoint.last = replica
             if batcher is not None:
                 batcher.stats.left("size", batcher.size, 0.0, count)
         return at
