@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,40 @@ async def until_running(service: Service, *counts: int) -> None:
     async with asyncio.timeout(BOUND_S):
         while [replica["active_requests"] for replica in (await service.state())["replicas"]] != list(counts):
             continue
+
+
+async def test_calls_that_were_sent_ahead_to_a_replica_that_becomes_slow_run_on_another() -> None:
+    """R1: nobody stands behind a slow call for long while another replica is free."""
+    service = await Echo.options(
+        num_replicas=2, replica_max_concurrent_requests=2, dispatch_ahead_s=0.1, name="ahead"
+    ).as_service()
+    client = await current_client()
+    answers: Counter[int] = Counter()
+
+    async def caller(n: int) -> None:
+        while True:
+            await service.echo.route(n)
+            answers[n] += 1
+
+    async def told(of: str) -> str:
+        return "\n".join((await client.control("explain", {"subject": of}))["story"])
+
+    started: list[asyncio.Future[Any]] = [asyncio.create_task(caller(n)) for n in range(64)]
+    try:
+        async with asyncio.timeout(BOUND_S):
+            while not any(replica["queue_size"] for replica in (await service.state())["replicas"]):
+                continue
+            started += [service.rest.route() for _ in range(3)]  # one replica rests twice, and runs nothing else
+            while "called back" not in await told("ahead/0") + await told("ahead/1"):
+                continue
+            before = answers.copy()
+            while not all(answers[n] > before[n] for n in range(64)):
+                await service.state()
+        assert not any(one.done() for one in started)
+    finally:
+        for one in started:
+            one.cancel()
+        await asyncio.wait(started, timeout=BOUND_S)
 
 
 async def test_large_arrays_travel_there_and_back() -> None:
