@@ -107,31 +107,33 @@ def with_p99(effort: Effort, outstanding: int) -> Figures:
 
 def many_clients(effort: Effort) -> Figures:
     async def measure() -> Figures:
-        found: Figures = {
-            name: [] for name in ("calls_per_s", "of_proxy", "proxy_per_s", "of_bare_proxy", "bare_per_s", "broker_us")
-        }
         async with serving():
-            with contextlib.ExitStack() as stack:
-                front = stack.enter_context(zmq_proxy.running(REPLICAS))
-                processes = Processes()
-                broker = (await current_client()).address
+            broker = (await current_client()).address
+            with zmq_proxy.running(REPLICAS) as front, contextlib.ExitStack() as stack:
                 crowds = []
                 for kind, address in ((FORGE, broker), (PROXY, front), (BARE, front)):
                     crowds.append(await asyncio.to_thread(Crowd, kind, address, PROCESSES, CONNECTIONS))
                     stack.callback(crowds[-1].end)
-                for run in range(effort.runs + 1):
-                    before, began = processes.cpu_s(), time.perf_counter()
-                    ours = await asyncio.to_thread(crowds[0].rate, effort.seconds)
-                    calls = ours * (time.perf_counter() - began)
-                    used = processes.cpu_s()["broker"] - before["broker"]
-                    theirs, barely = [await asyncio.to_thread(crowd.rate, effort.seconds) for crowd in crowds[1:]]
-                    if run:  # the first warms up
-                        values = (ours, ours / theirs, theirs, ours / barely, barely, used / calls * 1e6)
-                        for name, value in zip(found, values, strict=True):
-                            found[name].append(value)
-        return found
+                return await asyncio.to_thread(_in_turn, effort, Processes(), *crowds)
 
     return on_a_loop(measure())
+
+
+def _in_turn(effort: Effort, processes: Processes, forge: Crowd, awaited: Crowd, bare: Crowd) -> Figures:
+    found: Figures = {
+        name: [] for name in ("calls_per_s", "of_proxy", "proxy_per_s", "of_bare_proxy", "bare_per_s", "broker_us")
+    }
+    for run in range(effort.runs + 1):
+        before, began = processes.cpu_s(), time.perf_counter()
+        ours = forge.rate(effort.seconds)
+        calls = ours * (time.perf_counter() - began)
+        used = processes.cpu_s()["broker"] - before["broker"]
+        theirs, barely = awaited.rate(effort.seconds), bare.rate(effort.seconds)
+        if run:  # the first warms up
+            values = (ours, ours / theirs, theirs, ours / barely, barely, used / calls * 1e6)
+            for name, value in zip(found, values, strict=True):
+                found[name].append(value)
+    return found
 
 
 def one_outstanding(effort: Effort) -> Figures:

@@ -109,6 +109,7 @@ async def test_what_comes_while_sending_is_not_left_lying(router: zmq.Socket[byt
         peer.dealer.send([b"more", b""])
         await asyncio.to_thread(router.recv_multipart)
         await peer.until(lambda number=number: len(peer.received) == number + 1)  # type: ignore[misc]
+    assert [int(frames[0]) for frames in peer.received] == list(range(300))
     peer.dealer.close()
 
 
