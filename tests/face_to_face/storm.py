@@ -370,7 +370,8 @@ class Storm:
                 counts[call.session] += 1
                 wanted = b"%d" % counts[call.session]
                 if self._explains(reply.error, self.near):
-                    counts[call.session] -= reply.error == "SegmentLost"  # it has not run
+                    if reply.error == "SegmentLost" and not self.executed[call.payload]:
+                        counts[call.session] -= 1  # its arguments were gone; else it has run, and its result is
                     continue
                 if reply.error == "PoisonedRequest":
                     poisoned.add(
